@@ -1,0 +1,247 @@
+"""The command-line flags of all scripts, declared once as argparse groups.
+
+Names and defaults are those of the public release; flags of our own say so in README's tables. Nothing here imports
+torch, so `--help` and a mistyped flag answer at once.
+"""
+
+import argparse
+import os
+import sys
+
+SIT_NAMES = [f"SiT-{size}/{patch}" for size in ("T", "S", "B", "L", "XL") for patch in (1, 2, 4, 8)]
+VAE_NAMES = ["f8d4", "f16d32", "f4d4-tiny"]
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse whose errors are one line (argparse itself prints the whole usage first)."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{self.prog}: error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def positive_int(text: str) -> int:
+    return _bounded(int, text, lambda x: x >= 1, "a whole number >= 1")
+
+
+def natural_int(text: str) -> int:
+    return _bounded(int, text, lambda x: x >= 0, "a whole number >= 0")
+
+
+def positive_float(text: str) -> float:
+    return _bounded(float, text, lambda x: 0 < x < float("inf"), "a number > 0")
+
+
+def natural_float(text: str) -> float:
+    return _bounded(float, text, lambda x: 0 <= x < float("inf"), "a number >= 0")
+
+
+def unit_float(text: str) -> float:
+    return _bounded(float, text, lambda x: 0 <= x <= 1, "a number in [0, 1]")
+
+
+def guidance_float(text: str) -> float:
+    return _bounded(float, text, lambda x: 1 <= x < float("inf"), "a number >= 1 (1 switches guidance off)")
+
+
+def _bounded(kind, text, holds, needed):
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not holds(value):
+        raise argparse.ArgumentTypeError(f"{text!r} was given, {needed} is needed")
+    return value
+
+
+def on_off(group, flag: str, default: bool, help: str) -> None:
+    group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=help)
+
+
+def add_run_flags(parser) -> None:
+    """Where a training run lives, how it resumes, what it reports."""
+    run = parser.add_argument_group("run")
+    run.add_argument("--exp-name", required=True, help="name of the run's folder under --output-dir")
+    run.add_argument("--output-dir", default="exps", help="where run folders are made")
+    run.add_argument("--logging-dir", default="logs", help="the tracker's folder, inside the run's folder")
+    run.add_argument("--report-to", default="wandb", choices=["wandb", "tensorboard", "none"], help="tracker")
+    run.add_argument("--log-steps", type=positive_int, default=100, help="steps between two rows of scalars")
+    run.add_argument("--sampling-steps", type=positive_int, default=10000, help="steps between two preview grids")
+    run.add_argument("--num-preview", type=natural_int, default=64, help="images of a preview grid; 0 for no previews")
+    run.add_argument("--checkpointing-steps", type=positive_int, default=50000, help="steps between two checkpoints")
+    run.add_argument("--resume", metavar="{latest,STEP}", help="go on from this checkpoint of the run's own folder; "
+                     "'latest' starts afresh where there is none yet")  # fmt: skip
+    run.add_argument("--resume-step", type=natural_int, default=0, help="as --resume STEP (0: off)")
+    run.add_argument("--continue-train-exp-dir", help="the run folder that --resume-step reads from, if not its own")
+    on_off(run, "--overwrite", False, "delete an existing run folder of this name and start afresh")
+    run.add_argument("--wandb-history-path", help="accepted and unused, as in the public code")
+
+
+def add_training_flags(parser) -> None:
+    """Length, batch, optimiser, precision: what all training scripts share."""
+    train = parser.add_argument_group("training")
+    train.add_argument("--max-train-steps", type=positive_int, default=400000, help="optimiser steps in all")
+    train.add_argument("--epochs", type=positive_int, default=1400, help="passes over the data at most")
+    train.add_argument("--batch-size", type=positive_int, default=256, help="images of a (micro-)step, all processes")
+    train.add_argument("--gradient-accumulation-steps", type=positive_int, default=1, help="micro-steps of a step")
+    train.add_argument("--learning-rate", type=natural_float, default=1e-4, help="AdamW's, constant")
+    train.add_argument("--adam-beta1", type=unit_float, default=0.9, help="AdamW's beta 1")
+    train.add_argument("--adam-beta2", type=unit_float, default=0.999, help="AdamW's beta 2")
+    train.add_argument("--adam-weight-decay", type=natural_float, default=0.0, help="AdamW's weight decay")
+    train.add_argument("--adam-epsilon", type=positive_float, default=1e-8, help="AdamW's epsilon")
+    train.add_argument("--max-grad-norm", type=positive_float, default=1.0, help="gradients are clipped to this norm")
+    train.add_argument("--mixed-precision", default="fp16", choices=["no", "fp16", "bf16"], help="autocast of networks")
+    on_off(train, "--allow-tf32", True, "TF32 products in float32 code on CUDA")
+    on_off(train, "--compile", None, "torch.compile the networks (default: on CUDA yes, without no)")
+    on_off(train, "--deterministic", False, "bit-reproducible CUDA kernels, at some speed")
+    train.add_argument("--seed", type=natural_int, default=0, help="of every random draw")
+
+
+def add_data_flags(parser) -> None:
+    data = parser.add_argument_group("data")
+    data.add_argument("--data-dir", default="data", help="folder written by preprocessing.py")
+    data.add_argument("--resolution", type=positive_int, default=256, help="of the images in the data folder")
+    data.add_argument("--num-classes", type=positive_int, default=1000, help="class labels lie in [0, this)")
+    data.add_argument("--num-workers", type=natural_int, default=4, help="loader processes per process")
+
+
+def add_sit_flags(parser, *, bn_momentum: bool) -> None:
+    sit = parser.add_argument_group("SiT")
+    sit.add_argument("--model", "--models", default="SiT-XL/2", choices=SIT_NAMES, metavar="SiT-{T,S,B,L,XL}/{1,2,4,8}",
+                     help="size and patch")  # fmt: skip
+    sit.add_argument("--encoder-depth", type=positive_int, default=8, help="block whose tokens are aligned, from 1")
+    on_off(sit, "--qk-norm", False, "LayerNorm on queries and keys")
+    on_off(sit, "--fused-attn", True, "torch's fused attention")
+    if bn_momentum:
+        sit.add_argument("--bn-momentum", type=unit_float, default=0.1, help="of the latents' BatchNorm")
+    sit.add_argument("--cfg-prob", type=unit_float, default=0.1, help="share of labels dropped to the null label")
+    sit.add_argument("--path-type", default="linear", choices=["linear", "cosine"], help="data to noise")
+    sit.add_argument("--prediction", default="v", choices=["v"], help="what SiT predicts: the velocity")
+    sit.add_argument("--weighting", default="uniform", choices=["uniform", "lognormal"], help="how t is drawn")
+
+
+def add_alignment_flags(parser) -> None:
+    align = parser.add_argument_group("alignment")
+    align.add_argument("--enc-type", default="dinov2-vit-b", help="frozen encoder(s), comma list, timm:NAME, or None")
+    align.add_argument("--enc-ckpt", help="weights file of the encoder (comma list for several)")
+    align.add_argument("--proj-coeff", type=natural_float, default=0.5, help="weight of SiT's alignment loss")
+
+
+def add_vae_flags(parser, *, ckpt: str, default: str) -> None:
+    vae = parser.add_argument_group("VAE")
+    vae.add_argument("--vae", default=default, choices=[*VAE_NAMES, "auto"],
+                     help="architecture; auto takes it from the diffusers folder that --vae-ckpt names")  # fmt: skip
+    vae.add_argument("--vae-ckpt", default=ckpt, help=".pt (LDM keys), .safetensors or a diffusers folder")
+
+
+def add_vae_loss_flags(parser) -> None:
+    loss = parser.add_argument_group("VAE loss")
+    loss.add_argument("--loss-cfg-path", default="configs/l1_lpips_kl_gan.yaml", help="weights of the VAE's losses")
+    loss.add_argument("--lpips-weights", help="torchvision vgg16 state dict (default: downloaded once)")
+    loss.add_argument("--disc-pretrained-ckpt", help="discriminator to start from (default: fresh)")
+    loss.add_argument("--vae-learning-rate", type=natural_float, default=1e-4, help="of the VAE's AdamW")
+    loss.add_argument("--disc-learning-rate", type=natural_float, default=1e-4, help="of the discriminator's AdamW")
+
+
+def repae_parser() -> ArgumentParser:
+    parser = ArgumentParser(description="REPA-E: train SiT and its VAE together (arXiv 2504.10483).")
+    add_run_flags(parser)
+    add_data_flags(parser)
+    add_sit_flags(parser, bn_momentum=True)
+    add_alignment_flags(parser)
+    parser.add_argument("--vae-align-proj-coeff", type=natural_float, default=1.5, help="weight of VAE's alignment loss")
+    add_vae_flags(parser, ckpt="pretrained/sdvae-f8d4/sdvae-f8d4.pt", default="f8d4")
+    add_vae_loss_flags(parser)
+    add_training_flags(parser)
+    return parser
+
+
+def ldm_only_parser() -> ArgumentParser:
+    parser = ArgumentParser(description="Train SiT on the cached latents of a frozen VAE.")
+    add_run_flags(parser)
+    add_data_flags(parser)
+    add_sit_flags(parser, bn_momentum=False)
+    add_alignment_flags(parser)
+    add_vae_flags(parser, ckpt="pretrained/e2e-vavae-400k/e2e-vavae-400k.pt", default="f16d32")
+    parser.add_argument("--vae-latents-name", default="e2e-vavae-400k", help="latents cached by cache_latents.py")
+    add_training_flags(parser)
+    parser.set_defaults(model="SiT-XL/1")
+    return parser
+
+
+def vae_parser() -> ArgumentParser:
+    parser = ArgumentParser(description="Train a VAE alone: reconstruction, LPIPS, KL and GAN; from scratch or tuned.")
+    add_run_flags(parser)
+    add_data_flags(parser)
+    add_vae_flags(parser, ckpt=None, default="f8d4")
+    add_vae_loss_flags(parser)
+    add_training_flags(parser)
+    parser.set_defaults(max_train_steps=100000)
+    return parser
+
+
+def generate_parser() -> ArgumentParser:
+    parser = ArgumentParser(description="Draw samples from a trained SiT into the ADM suite's .npz.")
+    parser.add_argument("--exp-path", required=True, help="run folder: args.json and checkpoints/")
+    parser.add_argument("--train-steps", help="which checkpoint (default: the latest)")
+    parser.add_argument("--vae-ckpt", help="VAE, where neither the checkpoint nor args.json lead to one")
+    parser.add_argument("--sample-dir", default="samples", help="where the samples go")
+    parser.add_argument("--num-fid-samples", type=positive_int, default=50000, help="how many samples")
+    parser.add_argument("--pproc-batch-size", type=positive_int, default=256, help="samples at a time per process")
+    parser.add_argument("--global-seed", type=natural_int, default=0, help="sample i depends on (this, i) alone")
+    parser.add_argument("--mode", default="ode", choices=["ode", "sde"], help="Euler or Heun; or Euler-Maruyama")
+    on_off(parser, "--heun", False, "second-order steps (ode only)")
+    parser.add_argument("--num-steps", type=positive_int, default=50, help="steps of the sampler")
+    parser.add_argument("--path-type", default="linear", choices=["linear", "cosine"], help="as the model was trained")
+    parser.add_argument("--cfg-scale", type=guidance_float, default=1.5, help="classifier-free guidance; 1: off")
+    parser.add_argument("--guidance-low", type=unit_float, default=0.0, help="guidance only for t >= this")
+    parser.add_argument("--guidance-high", type=unit_float, default=1.0, help="guidance only for t <= this")
+    parser.add_argument("--label-sampling", default="random", choices=["random", "equal"],
+                        help="class of each sample: uniform draw, or the same count of every class")  # fmt: skip
+    parser.add_argument("--num-classes", type=positive_int, help="classes to draw from (default: the model's)")
+    on_off(parser, "--save-png", False, "also write every sample as PNG")
+    on_off(parser, "--overwrite", False, "replace an existing .npz of this name")
+    on_off(parser, "--tf32", True, "TF32 products on CUDA")
+    return parser
+
+
+def save_vae_parser() -> ArgumentParser:
+    parser = ArgumentParser(description="Take the tuned VAE out of a REPA-E checkpoint.")
+    parser.add_argument("--repae-ckpt", required=True, help="checkpoint of train_repae.py or of the public code")
+    parser.add_argument("--vae-name", default="e2e-vae", help="name of the folder and of the files")
+    parser.add_argument("--save-dir", default="exps", help="where <vae-name>/ is made")
+    parser.add_argument("--vae", choices=VAE_NAMES, help="architecture (default: read from the checkpoint)")
+    on_off(parser, "--overwrite", False, "replace existing files of this name")
+    return parser
+
+
+def cache_parser() -> ArgumentParser:
+    name = "repae-invae-400k"
+    parser = ArgumentParser(description="Cache the latents' mean and std of a data folder under a frozen VAE.")
+    parser.add_argument("--vae-arch", default="f16d32", choices=[*VAE_NAMES, "auto"], help="architecture")
+    parser.add_argument("--vae-ckpt-path", default=f"pretrained/{name}/{name}.pt", help="VAE weights")
+    parser.add_argument("--vae-latents-name", default=name, help="name of the cache")
+    parser.add_argument("--data-dir", default="data", help="folder written by preprocessing.py")
+    parser.add_argument("--output-dir", default="data", help="where <vae-latents-name>.npy goes")
+    parser.add_argument("--pproc-batch-size", type=positive_int, default=128, help="images at a time per process")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "float16"], help="of the cache")
+    parser.add_argument("--num-workers", type=natural_int, default=4, help="loader processes per process")
+    on_off(parser, "--overwrite", False, "replace a finished cache of this name")
+    return parser
+
+
+def preprocessing_parser() -> ArgumentParser:
+    parser = ArgumentParser(description="A folder of images -> the data folder of the training scripts.")
+    parser.add_argument("--imagenet-path", required=True, help="any folder tree of JPEG, PNG or WebP images")
+    parser.add_argument("--output-path", default="data", help="the data folder to write")
+    parser.add_argument("--resolution", type=positive_int, default=256, help="images become R x R (ADM centre crop)")
+    parser.add_argument("--num-workers", type=positive_int, default=16, help="processes")
+    parser.add_argument("--max-images", type=positive_int, help="stop after so many, in sorted order")
+    parser.add_argument("--on-error", default="skip", choices=["skip", "stop"], help="for an unreadable image")
+    on_off(parser, "--exif-orientation", False, "turn images as their EXIF tag says (the public code does not)")
+    on_off(parser, "--overwrite", False, "replace an existing data folder")
+    return parser

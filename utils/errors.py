@@ -1,0 +1,31 @@
+"""What a user's mistake looks like: one line on stderr, exit code 2, no traceback."""
+
+import functools
+import os
+import sys
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used. The message says what was given and what is needed, in one line."""
+
+
+def command(main):
+    """Wrap a script's `main(argv)`: an `InputError` becomes one line on stderr and exit code 2.
+
+    Under a launcher every process leaves with the same code, and rank 0 alone speaks where all fail alike;
+    an error that only another rank meets is printed with its rank.
+    """
+
+    @functools.wraps(main)
+    def wrapped(argv=None):
+        try:
+            return main(argv)
+        except InputError as error:
+            if not getattr(error, "printed", False):
+                rank = int(os.environ.get("RANK", 0))
+                who = f" [rank {rank}]" if rank else ""
+                message = " ".join(str(error).split())
+                print(f"{os.path.basename(sys.argv[0])}{who}: error: {message}", file=sys.stderr)
+            sys.exit(2)
+
+    return wrapped
