@@ -1,0 +1,112 @@
+"""Samplers: from noise at t = 1 to data at t = 0, along SiT's ODE (Euler, Heun) or SDE (Euler-Maruyama).
+
+A sampler sees the network only as `velocity(x_t, t, labels)`. The state is kept in float64; the network gets float32.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from models.interpolant import score_from_velocity
+
+Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+SDE_LAST_TIME = 0.04  # the SDE's last noisy time; from there one noiseless step leads to t = 0 (SiT, appendix)
+
+
+def ode_times(num_steps: int) -> Tensor:
+    """(num_steps + 1,) float64 from 1 to 0."""
+    return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+
+
+def sde_times(num_steps: int) -> Tensor:
+    """(num_steps + 1,) float64 from 1 to 0.04, then 0."""
+    noisy = torch.linspace(1, SDE_LAST_TIME, num_steps, dtype=torch.float64)
+    return torch.cat([noisy, torch.zeros(1, dtype=torch.float64)])
+
+
+def euler(velocity: Velocity, noise: Tensor, labels: Tensor, *, num_steps: int, guidance_scale: float = 1.0,
+          guidance_interval: tuple[float, float] = (0.0, 1.0), null_label: int | None = None) -> Tensor:  # fmt: skip
+    """First-order ODE sampler.
+
+    Args:
+        velocity: callable (x_t float32 (B, C, H, W), t float32 (B,), labels (B,)) -> (B, C, H, W). With guidance B is
+            doubled: the given labels, then the null label.
+        noise: (B, C, H, W) standard normal.
+        labels: (B,) int64.
+        num_steps: network evaluations in time, >= 1.
+        guidance_scale: classifier-free guidance; 1 evaluates the conditional network alone.
+        guidance_interval: (low, high): guidance only while low <= t <= high.
+        null_label: the label of the unconditional network; needed for guidance.
+
+    Returns:
+        x_0, float64 (B, C, H, W).
+    """
+    guided = _guided(velocity, labels, guidance_scale, guidance_interval, null_label)
+    x = noise.double()
+    for t, t_next in _steps(ode_times(num_steps)):
+        x = x + (t_next - t) * guided(x, t, t)
+    return x
+
+
+def heun(velocity: Velocity, noise: Tensor, labels: Tensor, *, num_steps: int, guidance_scale: float = 1.0,
+         guidance_interval: tuple[float, float] = (0.0, 1.0), null_label: int | None = None) -> Tensor:  # fmt: skip
+    """Second-order ODE sampler (EDM, arXiv 2206.00364, algorithm 1); the last step is an Euler step. As `euler`."""
+    guided = _guided(velocity, labels, guidance_scale, guidance_interval, null_label)
+    x = noise.double()
+    for t, t_next in _steps(ode_times(num_steps)):
+        slope = guided(x, t, t)
+        predicted = x + (t_next - t) * slope
+        if t_next > 0:
+            # Guidance is on or off for the step as a whole, as in the public code.
+            slope = (slope + guided(predicted, t_next, t)) / 2
+            predicted = x + (t_next - t) * slope
+        x = predicted
+    return x
+
+
+def euler_maruyama(velocity: Velocity, noise: Tensor, labels: Tensor, *, num_steps: int, path_type: str,
+                   step_noise: Callable[[int], Tensor], guidance_scale: float = 1.0,
+                   guidance_interval: tuple[float, float] = (0.0, 1.0), null_label: int | None = None) -> Tensor:  # fmt: skip
+    """SDE sampler with diffusion w_t = 2 t (SiT, eq. 10); the last step, from t = 0.04, adds no noise. As `euler`, and
+
+    Args:
+        num_steps: network evaluations, >= 2.
+        path_type: "linear" or "cosine", as the model was trained.
+        step_noise: `step_noise(i)` is the (B, C, H, W) standard normal of step i, for i = 0 .. num_steps - 2.
+    """
+    guided = _guided(velocity, labels, guidance_scale, guidance_interval, null_label)
+    x = noise.double()
+    for i, (t, t_next) in enumerate(_steps(sde_times(num_steps))):
+        v = guided(x, t, t)
+        diffusion = 2 * t
+        drift = v - 0.5 * diffusion * score_from_velocity(v, x, torch.tensor(t, dtype=x.dtype, device=x.device), path_type)
+        x = x + (t_next - t) * drift
+        if t_next > 0:
+            x = x + (diffusion * (t - t_next)) ** 0.5 * step_noise(i).double()
+    return x
+
+
+def _steps(times: Tensor) -> Iterator[tuple[float, float]]:
+    values = times.tolist()  # float64 both ways: exact
+    return zip(values[:-1], values[1:], strict=True)
+
+
+def _guided(velocity, labels, scale, interval, null_label):
+    """The velocity in float64 at a float64 state, with classifier-free guidance while t is in the interval."""
+    if scale > 1 and null_label is None:
+        raise ValueError(f"guidance scale {scale} needs a null label: this model was trained without label dropping")
+
+    def guided(x: Tensor, t: float, t_of_step: float) -> Tensor:
+        guide = scale > 1 and interval[0] <= t_of_step <= interval[1]
+        x_t, y = x.float(), labels
+        if guide:
+            x_t, y = torch.cat([x_t, x_t]), torch.cat([y, torch.full_like(y, null_label)])
+        v = velocity(x_t, torch.full((len(x_t),), t, dtype=torch.float32, device=x.device), y).double()
+        if guide:
+            conditional, unconditional = v.chunk(2)
+            v = unconditional + scale * (conditional - unconditional)
+        return v
+
+    return guided
