@@ -1,12 +1,24 @@
 """What a user's mistake looks like: one line on stderr, exit code 2, no traceback."""
 
+import contextlib
 import functools
 import os
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 
 class InputError(ValueError):
     """Something the user gave cannot be used. The message says what was given and what is needed, in one line."""
+
+
+@contextlib.contextmanager
+def about(flag: str) -> Iterator[None]:
+    """Put the flag in front of the message of an `InputError` from inside, which names only the file."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{flag}: {error}") from None
 
 
 def command(main):
@@ -25,7 +37,7 @@ def command(main):
                 rank = int(os.environ.get("RANK", 0))
                 who = f" [rank {rank}]" if rank else ""
                 message = " ".join(str(error).split())
-                print(f"{os.path.basename(sys.argv[0])}{who}: error: {message}", file=sys.stderr)
+                print(f"{Path(sys.argv[0]).name}{who}: error: {message}", file=sys.stderr)
             sys.exit(2)
 
     return wrapped

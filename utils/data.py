@@ -1,0 +1,297 @@
+"""The data folder, cached latents, and the order in which training sees them.
+
+A data set here answers `len(data)` and `data.__getitems__(indices)`, which reads one batch as tensors.
+"""
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from utils.errors import InputError
+
+
+class ImageData:
+    """Images and labels of a data folder, memory-mapped.
+
+    Args:
+        folder: written by preprocessing.py.
+        resolution: the R that the images must have (None: any).
+        num_classes: labels must lie below this (None: any).
+    Attributes:
+        images: uint8 (N, 3, R, R), memory-mapped. labels: int64 (N,). resolution: R.
+        info: contents of dataset.json.
+    Raises:
+        InputError: no such folder, damaged or mismatched files, another resolution, a label too large.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike, *, resolution: int | None = None, num_classes: int | None = None
+    ) -> None:
+        self.folder = Path(folder)
+        _require_data_folder(self.folder, resolution)
+        self.info = _read_json(self.folder / "dataset.json")
+        self.images = _open_array(self.folder / "images.npy", (np.uint8,), "(N, 3, R, R)", mmap_mode="r")
+        self.labels = _open_array(self.folder / "labels.npy", (np.int64,), "(N,)")
+        self._check(resolution, num_classes)
+        self.resolution = self.images.shape[-1]
+
+    def _check(self, resolution: int | None, num_classes: int | None) -> None:
+        count, channels, height, width = self.images.shape
+        if channels != 3 or height != width:
+            raise InputError(f"{self.folder / 'images.npy'}: shape {self.images.shape}; (N, 3, R, R) is needed")
+        counts = {"images.npy": count, "labels.npy": len(self.labels), "dataset.json": self.info.get("count", count)}
+        if len(set(counts.values())) > 1:
+            raise InputError(
+                f"--data-dir: the files of {self.folder} do not belong together: images per file: {counts}"
+            )
+        if self.info.get("resolution", height) != height:
+            raise InputError(
+                f"--data-dir: the files of {self.folder} do not belong together: "
+                f"resolution {height} in images.npy, {self.info['resolution']} in dataset.json"
+            )
+        if resolution is not None and resolution != height:
+            raise InputError(
+                f"--resolution: {resolution} was given; the images in {self.folder} are {height} x {height}: "
+                f"give --resolution {height}, or {_preprocessing_command(self.folder, resolution)}"
+            )
+        if self.labels.min() < 0:
+            raise InputError(f"{self.folder / 'labels.npy'}: label {self.labels.min()}; labels start at 0")
+        largest = int(self.labels.max())
+        if num_classes is not None and largest >= num_classes:
+            raise InputError(
+                f"--num-classes: {num_classes} was given; the largest label in {self.folder} is {largest}: "
+                f"at least {largest + 1} is needed"
+            )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images uint8 (B, 3, R, R) and labels int64 (B,), in the order asked for."""
+        return torch.from_numpy(_take(self.images, indices)), torch.from_numpy(_take(self.labels, indices))
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A checksum that ties cached latents to this data set.
+
+        Over the shape, all labels, all source names, and the middle 4096 bytes of 256 evenly spread images: quick for
+        any size, and different for any data set that came about otherwise.
+        """
+        origin = [self.images.shape, self.info.get("sources"), self.info.get("exif_orientation")]
+        digest = hashlib.sha256(json.dumps(origin).encode())
+        digest.update(self.labels.tobytes())
+        for index in np.unique(np.linspace(0, len(self) - 1, 256).astype(np.int64)):
+            image = self.images[index].reshape(-1)
+            digest.update(image[max(0, image.size // 2 - 2048) :][:4096].tobytes())
+        return digest.hexdigest()
+
+    def __reduce__(self):
+        return ImageData, (self.folder,)  # a loader process maps the files itself instead of receiving their bytes
+
+
+class LatentData:
+    """Cached latents: mean and std of the VAE's posterior for every image of a data set, memory-mapped.
+
+    Args:
+        path: file name without suffix; `<path>.npy` and `<path>.json` are read (written by cache_latents.py).
+        data: the data set that the latents must belong to (None: not checked).
+    Attributes:
+        array: float32 or float16 (N, 2C, h, w), mean then std, memory-mapped.
+        info: contents of the .json: VAE, its checksum and config, latent statistics, data set.
+    Raises:
+        InputError: no such cache, damaged files, or the cache of another data set.
+    """
+
+    def __init__(self, path: str | os.PathLike, data: ImageData | None = None) -> None:
+        self.path = Path(path)
+        array, info = Path(f"{self.path}.npy"), Path(f"{self.path}.json")
+        for file in (array, info):
+            if not file.is_file():
+                raise InputError(
+                    f"--vae-latents-name: {file} does not exist; write it with python cache_latents.py "
+                    f"--vae-latents-name {self.path.name} --output-dir {self.path.parent} --vae-ckpt-path VAE"
+                )
+        self.info = _read_json(info)
+        self.array = _open_array(array, (np.float32, np.float16), "(N, 2C, h, w)", mmap_mode="r")
+        if self.array.shape[1] % 2:
+            raise InputError(f"{array}: shape {self.array.shape}; (N, 2C, h, w) with mean and std is needed")
+        count = self.info.get("count")
+        if count != len(self.array):
+            raise InputError(f"{array}: {len(self.array)} latents, but {info.name} counts {count}: cache them again")
+        if data is not None and (
+            self.info.get("dataset_fingerprint") != data.fingerprint or len(self.array) != len(data)
+        ):
+            raise InputError(
+                f"--vae-latents-name: {array} holds the latents of another data set ({len(self.array)} images) than "
+                f"{data.folder} ({len(data)} images): run cache_latents.py again with --overwrite"
+            )
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitems__(self, indices: Sequence[int]) -> torch.Tensor:
+        """mean_std float32 (B, 2C, h, w), in the order asked for."""
+        return torch.from_numpy(_take(self.array, indices)).float()
+
+    def __reduce__(self):
+        return LatentData, (self.path,)
+
+
+class LatentsAndLabels:
+    """Cached latents with the labels of their images and, for the alignment targets, the images themselves.
+
+    A batch is (mean_std, images, labels), or (mean_std, labels) with `with_images=False`, which reads no image.
+    """
+
+    def __init__(self, latents: LatentData, data: ImageData, *, with_images: bool) -> None:
+        self.latents, self.data, self.with_images = latents, data, with_images
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[torch.Tensor, ...]:
+        mean_std = self.latents.__getitems__(indices)
+        if self.with_images:
+            return mean_std, *self.data.__getitems__(indices)
+        return mean_std, torch.from_numpy(_take(self.data.labels, indices))
+
+
+def evenly_spaced(count: int, at_most: int) -> list[int]:
+    """Up to `at_most` indices spread evenly over a data set of `count` images, whose order is by class."""
+    chosen = min(count, at_most)
+    return [i * count // chosen for i in range(chosen)]
+
+
+def batches_per_epoch(count: int, batch_size: int) -> int:
+    """Global batches in a pass over `count` images; the incomplete last one is left out."""
+    return count // batch_size
+
+
+def batches(
+    data,
+    *,
+    batch_size: int,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+    start: int = 0,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator:
+    """This process's share of the training batches, without end.
+
+    Global batch k is a slice of the permutation seeded by (seed, epoch), whatever the number of processes, and each
+    process gets its contiguous part of it: the parts of all ranks, one after the other, are the global batch.
+
+    Args:
+        data: ImageData, LatentData or LatentsAndLabels.
+        batch_size: of the global batch.
+        seed: >= 0.
+        start: the first k, counted over all epochs; costs nothing, however large.
+        num_workers: loader processes; 0 reads in this one. The batches are the same.
+        pin_memory: put batches into page-locked memory (CUDA).
+    Returns:
+        iterator over what `data.__getitems__` returns for batch_size / world_size indices. torch's global random
+        state is neither used nor moved.
+    Raises:
+        InputError: fewer images than one batch, or a batch size that the processes do not divide.
+    """
+    if batch_size % world_size:
+        raise InputError(
+            f"--batch-size: {batch_size} was given; a multiple of {world_size} (the number of processes) is needed"
+        )
+    if len(data) < batch_size:
+        raise InputError(
+            f"--batch-size: {batch_size} was given; the data set has {len(data)} images, less than one batch"
+        )
+    loader = DataLoader(
+        data,
+        batch_sampler=_Shares(len(data), batch_size, seed, rank, world_size, start),
+        collate_fn=_identity,
+        num_workers=num_workers,
+        prefetch_factor=4 if num_workers else None,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # else the loader draws a seed for its workers from the training's generator
+    )
+    return iter(loader)
+
+
+class _Shares:
+    """Index lists of one process: its part of global batch `start`, `start + 1`, ..."""
+
+    def __init__(self, count: int, batch_size: int, seed: int, rank: int, world_size: int, start: int) -> None:
+        self.count, self.batch_size, self.seed, self.start = count, batch_size, seed, start
+        share = batch_size // world_size
+        self.share = slice(rank * share, (rank + 1) * share)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, batch = divmod(self.start, batches_per_epoch(self.count, self.batch_size))
+        while True:
+            # Philox by name: numpy may change what default_rng means.
+            generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, epoch])))
+            order = generator.permutation(self.count)
+            for first in range(batch * self.batch_size, self.count - self.batch_size + 1, self.batch_size):
+                yield order[first : first + self.batch_size][self.share].tolist()
+            epoch, batch = epoch + 1, 0
+
+
+def _identity(batch):
+    return batch  # __getitems__ has collated already; a lambda would not reach spawned workers
+
+
+def _take(array: np.ndarray, indices: Sequence[int]) -> np.ndarray:
+    """Rows of a memory-mapped array: read in ascending order, which disks prefer, returned in the order asked for."""
+    indices = np.asarray(indices, np.int64)
+    rows = np.empty((len(indices), *array.shape[1:]), array.dtype)
+    for place in np.argsort(indices):
+        rows[place] = array[indices[place]]
+    return rows
+
+
+def _preprocessing_command(folder: Path, resolution: int | None) -> str:
+    size = f" --resolution {resolution}" if resolution not in (None, 256) else ""
+    return f"run: python preprocessing.py --imagenet-path /PATH/TO/IMAGES --output-path {folder}{size}"
+
+
+def _require_data_folder(folder: Path, resolution: int | None) -> None:
+    command = _preprocessing_command(folder, resolution)
+    if not folder.is_dir():
+        raise InputError(f"--data-dir: {folder} is not a folder; {command}")
+    missing = [name for name in ("images.npy", "labels.npy", "dataset.json") if not (folder / name).is_file()]
+    if "images.npy" in missing and (folder / "images.h5").exists():
+        raise InputError(
+            f"--data-dir: {folder} holds images.h5 of the public release; images.npy is needed. Run preprocessing.py "
+            f"again ({command})"
+        )
+    if missing:
+        raise InputError(f"--data-dir: {folder} lacks {', '.join(missing)}; {command}")
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: a JSON object is needed")
+    return value
+
+
+def _open_array(path: Path, dtypes: tuple, shape: str, mmap_mode: str | None = None) -> np.ndarray:
+    """An array of one of these dtypes, with at least one row, and with as many axes as `shape` names."""
+    try:
+        array = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path}: damaged or not a .npy file (an interrupted copy?): {error}") from error
+    axes = shape.strip("(,)").count(",") + 1
+    if array.dtype not in dtypes or array.ndim != axes or array.size == 0:
+        names = " or ".join(np.dtype(dtype).name for dtype in dtypes)
+        raise InputError(f"{path}: {array.dtype} {array.shape}; {names} {shape} is needed")
+    return array
