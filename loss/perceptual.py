@@ -1,0 +1,86 @@
+"""LPIPS (arXiv 1801.03924), the `lpips` package's own network, with the VGG16 trunk loaded from a named file."""
+
+import os
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from utils.checkpoint import read_torch_file
+from utils.errors import InputError, about
+
+VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"  # torchvision, IMAGENET1K_V1, 528 MB
+
+
+def load_lpips(weights: str | Path | None = None, *, flag: str = "--lpips-weights") -> nn.Module:
+    """Frozen LPIPS v0.1 over VGG16, in eval mode: (pixels, pixels), each [-1, 1] (B, 3, H, W), -> (B, 1, 1, 1).
+
+    Args:
+        weights: state dict of torchvision's vgg16 (only its `features.*` count); None: the file in torch's hub cache,
+            downloaded there once.
+
+    Raises:
+        InputError: the file is missing, unreadable or not a vgg16; or there is none and no way to download it.
+    """
+    path = _downloaded(flag) if weights is None else Path(weights)
+    if not path.is_file():
+        raise InputError(f"{flag}: {path} does not exist; {_where_to_put_it(flag)}")
+    with about(flag):
+        trunk = read_torch_file(path)
+
+    import lpips  # late: it pulls in torchvision and scipy, and a perceptual weight of 0 needs none of it
+
+    with torch.device("meta"), warnings.catch_warnings():  # no random weights, no draw from the global generator
+        warnings.simplefilter("ignore", UserWarning)  # lpips still says `pretrained=` to torchvision
+        network = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
+    packaged = Path(lpips.__file__).parent / "weights/v0.1/vgg.pth"
+    calibration = torch.load(packaged, map_location="cpu", weights_only=True)
+    state = {"scaling_layer.shift": network.scaling_layer.shift, "scaling_layer.scale": network.scaling_layer.scale}
+    for key, parameter in network.state_dict().items():
+        if key.startswith("net."):  # net.slice2.5.weight is torchvision's features.5.weight
+            state[key] = _trunk_tensor(trunk, f"features.{key.split('.', 2)[2]}", parameter.shape, f"{flag}: {path}")
+        elif key.startswith("lin"):  # each layer is registered twice: lin0.* and lins.0.*
+            state[key] = calibration[key.replace("lins.", "lin")]
+    network.load_state_dict(state, assign=True)
+    return network.requires_grad_(False).eval()
+
+
+def _trunk_tensor(trunk: dict, key: str, shape: torch.Size, where: str) -> torch.Tensor:
+    tensor = trunk.get(key)
+    if not isinstance(tensor, torch.Tensor):
+        raise InputError(f"{where} is not a torchvision vgg16 state dict: it lacks {key!r}")
+    if tensor.shape != shape:
+        raise InputError(f"{where}: {key!r} has shape {tuple(tensor.shape)}; vgg16 needs {tuple(shape)}")
+    return tensor.to(torch.float32, copy=True)
+
+
+def _downloaded(flag: str) -> Path:
+    """The trunk in torch's hub cache; when absent, downloaded by one process while the others wait for it."""
+    path = _cached()
+    if path.is_file():
+        return path
+    from filelock import FileLock
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            if not path.is_file():
+                progress = int(os.environ.get("LOCAL_RANK", 0)) == 0
+                torch.hub.download_url_to_file(VGG16_URL, str(path), hash_prefix="397923af", progress=progress)
+    except (OSError, RuntimeError) as error:  # RuntimeError: the hash of what came is another
+        raise InputError(
+            f"LPIPS needs VGG16, and it cannot be downloaded ({error}); {_where_to_put_it(flag)}"
+        ) from None
+    return path
+
+
+def _cached() -> Path:
+    return Path(torch.hub.get_dir(), "checkpoints", Path(VGG16_URL).name)
+
+
+def _where_to_put_it(flag: str) -> str:
+    return (
+        f"fetch {VGG16_URL} (528 MB) and put it at {_cached()} or name it with {flag}; "
+        "perceptual_weight: 0 in the loss configuration needs none"
+    )

@@ -1,0 +1,144 @@
+"""A tuned VAE's way out of a checkpoint: the public `.pt` files and a diffusers folder."""
+
+import contextlib
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from models.vae import build_vae, vae_config, vae_from_state, vae_models
+from models.vae_keys import to_ldm
+from utils.errors import InputError
+from utils.files import atomic_write, sha256, sync
+
+DIFFUSERS_FOLDER = "diffusers"  # inside the VAE's own folder
+
+
+def vae_of_checkpoint(checkpoint: Mapping, path: str | Path, arch: str | None = None) -> AutoencoderKL:
+    """The VAE inside a REPA-E checkpoint, ours or public.
+
+    Args:
+        checkpoint: as `utils.checkpoint.read_checkpoint` returns it, with the entry `vae`.
+        path: names it in messages.
+        arch: a name in `vae_models`; None: the checkpoint's `vae_config`, else `vae` of its arguments, else the shapes.
+
+    Raises:
+        InputError: the weights do not fit the architecture.
+    """
+    recorded = checkpoint.get("args", {}).get("vae")
+    config = arch or checkpoint.get("vae_config") or (recorded if recorded in vae_models else "auto")
+    wanted = f"--vae {config}" if isinstance(config, str) else "its vae_config"
+    return vae_from_state(checkpoint["vae"], config, f"{path}: vae", wanted)
+
+
+def vae_sha256(path: str | Path, vae: AutoencoderKL) -> str:
+    """Checksum of the VAE's file; of a diffusers folder, of the weights in LDM order."""
+    if Path(path).is_file():
+        return sha256(path)
+    digest = hashlib.sha256()
+    for tensor in to_ldm(vae).values():
+        digest.update(tensor.cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def vae_file_names(name: str) -> dict[str, str]:
+    """What the set of files of the VAE `name` is called, inside its folder."""
+    return {
+        "vae": f"{name}.pt",
+        "statistics": f"{name}-latents-stats.pt",
+        "discriminator": f"{name}-discriminator-ckpt.pt",
+        "diffusers": DIFFUSERS_FOLDER,
+    }
+
+
+def require_new_vae_files(folder: str | Path, name: str, flag: str = "--vae-name") -> None:
+    """Refuse to replace a VAE of this name.
+
+    Raises:
+        InputError: one of the files is there.
+    """
+    for file in vae_file_names(name).values():
+        if (path := Path(folder, name, file)).exists():
+            raise InputError(f"{flag}: {path} exists already; take another name, or --overwrite")
+
+
+def save_vae_files(
+    folder: str | Path,
+    name: str,
+    vae: AutoencoderKL,
+    scale: Tensor,
+    bias: Tensor,
+    discriminator_state: Mapping[str, Tensor] | None = None,
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """Write a VAE as the public `.pt` files and as a diffusers folder, under temporary names until all are whole.
+
+    Args:
+        folder: where `<name>/` is made, with `<name>.pt` (LDM keys), `<name>-latents-stats.pt` and `diffusers/`, whose
+            configuration carries `latents_mean` and `latents_std`.
+        scale, bias: of the latents, (1, C, 1, 1): 1 / std and mean.
+        discriminator_state: for `<name>-discriminator-ckpt.pt`; None: no such file.
+        overwrite: replace what there is; otherwise it is refused.
+
+    Returns:
+        the folder `<folder>/<name>`.
+    """
+    if not overwrite:
+        require_new_vae_files(folder, name)
+    target = Path(folder, name)
+    paths = {kind: target / file for kind, file in vae_file_names(name).items()}
+    scale, bias = (value.detach().float().cpu().reshape(1, -1, 1, 1) for value in (scale, bias))
+    contents = {
+        "vae": _on_cpu(to_ldm(vae)),
+        "statistics": {"latents_scale": scale, "latents_bias": bias},
+        "discriminator": None if discriminator_state is None else _on_cpu(discriminator_state),
+    }
+    with contextlib.ExitStack() as stack:
+        for kind, content in contents.items():
+            if content is not None:
+                torch.save(content, stack.enter_context(atomic_write(paths[kind])))
+        _save_diffusers(vae, scale, bias, stack.enter_context(_atomic_folder(paths["diffusers"])))
+    if discriminator_state is None:
+        paths["discriminator"].unlink(missing_ok=True)  # of the VAE that was overwritten
+    return target
+
+
+def _on_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # Own storage each: torch.save writes the whole storage of a view.
+    return type(state)((key, tensor.detach().cpu().contiguous().clone()) for key, tensor in state.items())
+
+
+def _save_diffusers(vae: AutoencoderKL, scale: Tensor, bias: Tensor, folder: Path) -> None:
+    statistics = {
+        "latents_mean": bias.flatten().tolist(),
+        "latents_std": (1.0 / scale.double()).flatten().tolist(),  # in float64, so that 1 / std gives `scale` back
+    }
+    with torch.device("meta"):
+        copy = build_vae(vae_config(vae) | statistics)
+    copy.load_state_dict({key: tensor.detach().cpu() for key, tensor in vae.state_dict().items()}, assign=True)
+    copy.save_pretrained(folder)
+    for weights in folder.glob("*.safetensors"):  # safetensors gives them to their owner alone
+        weights.chmod((folder / "config.json").stat().st_mode)
+
+
+@contextlib.contextmanager
+def _atomic_folder(path: Path):
+    """`utils.files.atomic_write` for a folder; while an old one is replaced there is a moment without any."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            sync(file)
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

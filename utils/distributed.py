@@ -1,0 +1,73 @@
+"""Sums and rows over processes; without a process group, those of this process."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+from utils.errors import InputError
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_sum(tensor: torch.Tensor) -> None:
+    """Sum a tensor over all processes, in place, on whatever device it is."""
+    if world_size() == 1:
+        return
+    moved = tensor.to(_device()).contiguous()
+    dist.all_reduce(moved)
+    tensor.copy_(moved)
+
+
+def gather_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """The rows (first dimension) of all processes in order of rank, on every process; their numbers may differ."""
+    if world_size() == 1:
+        return tensor
+    counts = torch.zeros(world_size(), dtype=torch.int64)
+    counts[rank()] = len(tensor)
+    all_sum(counts)
+    longest = int(counts.max())
+    padded = torch.zeros(longest, *tensor.shape[1:], dtype=tensor.dtype, device=_device())
+    padded[: len(tensor)] = tensor
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts.tolist(), strict=True)]).to(tensor.device)
+
+
+def _device() -> torch.device:
+    """Where the process group's backend wants its tensors."""
+    return torch.device("cuda" if "nccl" in dist.get_backend() else "cpu")
+
+
+@contextlib.contextmanager
+def main_first() -> Iterator[None]:
+    """Rank 0 runs the block, then the others do; when it fails on rank 0, rank 0 alone says why and all leave.
+
+    For checks that every process would fail alike, and for downloads.
+    """
+    if world_size() == 1:
+        yield
+        return
+    verdict = [None]
+    if rank() > 0:
+        dist.broadcast_object_list(verdict, src=0)
+        if verdict[0] is not None:
+            failure = InputError(verdict[0])
+            failure.printed = True  # rank 0 has said it (utils.errors.command)
+            raise failure
+        yield
+        return
+    try:
+        yield
+    except BaseException as error:
+        verdict = [str(error) or type(error).__name__]
+        raise
+    finally:
+        dist.broadcast_object_list(verdict, src=0)
