@@ -1,0 +1,124 @@
+"""Cache the latents of a data folder under a frozen VAE, as mean and std, for train_ldm_only.py.
+
+    accelerate launch --num_machines=1 --num_processes=8 cache_latents.py --vae-arch f16d32 \\
+        --vae-ckpt-path exps/e2e-vae/e2e-vae.pt --vae-latents-name e2e-vae
+
+writes data/e2e-vae.npy and data/e2e-vae.json. A killed job goes on where it stopped when it is started again, with any
+number of processes. Everything is float32 without TF32: the cache is computed once and trained on for long.
+"""
+
+from configs.arguments import cache_parser
+
+if __name__ == "__main__":  # --help and a mistyped flag answer before the heavy imports
+    cache_parser().parse_args()
+
+import logging
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from models.vae import downsampling, encode_moments, latent_statistics, load_vae, to_mean_std, vae_config
+from models.vae_files import vae_sha256
+from utils.data import ImageData
+from utils.distributed import main_first
+from utils.errors import InputError, about, command
+from utils.images import to_signed
+from utils.latents import LatentCache
+from utils.run import start_processes
+
+FLUSH_SECONDS = 20.0  # what a killed job loses at most
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    args = cache_parser().parse_args(argv)
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    processes = start_processes()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+    with main_first():
+        if Path(args.vae_latents_name).name != args.vae_latents_name:
+            raise InputError(
+                f"--vae-latents-name: {args.vae_latents_name!r} was given; a name without folders is needed "
+                "(see --output-dir)"
+            )
+        data = ImageData(args.data_dir)
+        vae = load_vae(args.vae_arch, args.vae_ckpt_path, flags=("--vae-arch", "--vae-ckpt-path"))
+        stored = latent_statistics(args.vae_ckpt_path, vae, flag="--vae-ckpt-path")
+        cache = LatentCache(Path(args.output_dir, args.vae_latents_name), describe(args, vae, data))
+        unfinished = cache.start(overwrite=args.overwrite)
+    if not unfinished:
+        if processes.is_main_process:
+            print(f"{cache.array_path} is there already, of this VAE and this data set")
+        return
+
+    started = time.perf_counter()
+    cache.open()
+    blocks = cache.missing_blocks(args.pproc_batch_size)
+    processes.wait_for_everyone()  # nobody may write before all know what is missing
+    mine = blocks[processes.process_index :: processes.num_processes]
+    with about("--vae-ckpt-path"):
+        encode_blocks(vae.to(processes.device), data, mine, cache, args, show=processes.is_main_process)
+        processes.wait_for_everyone()
+        scale, bias = stored or cache.statistics()
+    if processes.is_main_process:
+        cache.finish(latents_scale=scale.flatten().tolist(), latents_bias=bias.flatten().tolist())
+        written = f"{args.dtype} {tuple(cache.description['shape'])} in {time.perf_counter() - started:.0f} s"
+        print(f"{cache.array_path}: {written}; latent statistics {'of the VAE' if stored else 'measured'}")
+    processes.wait_for_everyone()
+
+
+def describe(args, vae, data: ImageData) -> dict:
+    """The cache's JSON, without the statistics."""
+    factor = downsampling(vae)
+    if data.resolution % factor:
+        raise InputError(
+            f"--vae-arch: {args.vae_arch} needs images of a multiple of {factor} pixels; those in {args.data_dir} have "
+            f"{data.resolution}"
+        )
+    side = data.resolution // factor
+    return {
+        "name": args.vae_latents_name,
+        "vae": str(args.vae_ckpt_path),
+        "vae_sha256": vae_sha256(args.vae_ckpt_path, vae),
+        "vae_config": vae_config(vae),
+        "dataset_fingerprint": data.fingerprint,
+        "count": len(data),
+        "shape": [len(data), 2 * vae.config.latent_channels, side, side],
+        "dtype": args.dtype,
+        "resolution": data.resolution,
+    }
+
+
+def encode_blocks(vae, data: ImageData, blocks: list[range], cache: LatentCache, args, *, show: bool) -> None:
+    """Encode this process's blocks of images into the cache."""
+    device = next(vae.parameters()).device
+    loader = DataLoader(
+        data,
+        batch_sampler=[list(block) for block in blocks],
+        collate_fn=as_it_is,
+        num_workers=args.num_workers,
+        pin_memory=device.type == "cuda",
+    )
+    last_flush = time.monotonic()
+    progress = tqdm(zip(blocks, loader, strict=True), total=len(blocks), unit="batch", disable=not show)
+    for block, (images, _) in progress:
+        with torch.inference_mode():
+            mean_std = to_mean_std(encode_moments(vae, to_signed(images.to(device, non_blocking=True))))
+        cache.write(block.start, mean_std.cpu())
+        if time.monotonic() - last_flush > FLUSH_SECONDS:
+            cache.flush()
+            last_flush = time.monotonic()
+    cache.flush()
+
+
+def as_it_is(batch):
+    """`ImageData.__getitems__` has collated the batch; a lambda would not reach spawned workers."""
+    return batch
+
+
+if __name__ == "__main__":
+    main()

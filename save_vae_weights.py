@@ -1,0 +1,61 @@
+"""Take the tuned VAE out of a REPA-E checkpoint: `.pt` files with the public keys, and a folder for diffusers.
+
+    python save_vae_weights.py --repae-ckpt exps/my-run/checkpoints/0400000.pt --vae-name e2e-vae --save-dir exps
+
+writes exps/e2e-vae/e2e-vae.pt, e2e-vae-latents-stats.pt, e2e-vae-discriminator-ckpt.pt and diffusers/.
+"""
+
+from configs.arguments import save_vae_parser
+
+if __name__ == "__main__":  # --help and a mistyped flag answer before the heavy imports
+    save_vae_parser().parse_args()
+
+from pathlib import Path
+
+import torch
+
+from models.vae_files import require_new_vae_files, save_vae_files, vae_of_checkpoint
+from utils.checkpoint import read_checkpoint
+from utils.errors import InputError, about, command
+from utils.files import require_disk
+
+
+def latent_statistics_of(ema: dict, path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and bias (1, C, 1, 1) of the latents, from the normaliser of SiT's EMA; no eps, as in public files."""
+    for key in ("bn.running_mean", "bn.running_var"):
+        if key not in ema:
+            raise InputError(f"{path}: ema lacks the key {key!r}, the statistics of the latents")
+    mean, var = ema["bn.running_mean"].float(), ema["bn.running_var"].float()
+    return var.rsqrt().reshape(1, -1, 1, 1), mean.reshape(1, -1, 1, 1)
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    args = save_vae_parser().parse_args(argv)
+    path = Path(args.repae_ckpt)
+    if Path(args.vae_name).name != args.vae_name:
+        raise InputError(f"--vae-name: {args.vae_name!r} was given; a name without folders is needed (see --save-dir)")
+    if not args.overwrite:
+        require_new_vae_files(args.save_dir, args.vae_name)
+    with about("--repae-ckpt"):
+        checkpoint = read_checkpoint(path)
+        if "vae" not in checkpoint:
+            raise InputError(f"{path} holds no VAE: it is a checkpoint of train_ldm_only.py, whose VAE is frozen")
+        vae = vae_of_checkpoint(checkpoint, path, args.vae)
+        scale, bias = latent_statistics_of(checkpoint["ema"], path)
+        if scale.numel() != vae.config.latent_channels:
+            raise InputError(
+                f"{path}: ema normalises {scale.numel()} channels; its VAE has {vae.config.latent_channels}"
+            )
+    discriminator = checkpoint.get("discriminator")
+
+    weights = [*vae.state_dict().values(), *vae.state_dict().values(), *(discriminator or {}).values()]
+    size = sum(tensor.numel() * tensor.element_size() for tensor in weights)
+    require_disk(args.save_dir, size, "--save-dir: the VAE's files")
+    folder = save_vae_files(args.save_dir, args.vae_name, vae, scale, bias, discriminator, overwrite=args.overwrite)
+    step = f" at step {checkpoint['steps']}" if "steps" in checkpoint else ""
+    print(f"VAE of {path}{step}: {', '.join(sorted(file.name for file in folder.iterdir()))} in {folder}")
+
+
+if __name__ == "__main__":
+    main()
