@@ -48,6 +48,13 @@ def guidance_float(text: str) -> float:
     return _bounded(float, text, lambda x: 1 <= x < float("inf"), "a number >= 1 (1 switches guidance off)")
 
 
+def grid_shape(text: str) -> tuple[int, int]:
+    rows, _, columns = text.partition("x")
+    if not (rows.isdigit() and columns.isdigit() and int(rows) and int(columns)):
+        raise argparse.ArgumentTypeError(f"{text!r} was given, rows x columns such as 8x8 are needed")
+    return int(rows), int(columns)
+
+
 def _bounded(kind, text, holds, needed):
     try:
         value = kind(text)
@@ -79,6 +86,16 @@ def add_run_flags(parser) -> None:
     run.add_argument("--continue-train-exp-dir", help="the run folder that --resume-step reads from, if not its own")
     on_off(run, "--overwrite", False, "delete an existing run folder of this name and start afresh")
     run.add_argument("--wandb-history-path", help="accepted and unused, as in the public code")
+
+
+def add_online_evaluation_flags(parser) -> None:
+    """An FID curve while training; see docs/evaluation.md."""
+    online = parser.add_argument_group("online evaluation")
+    online.add_argument("--eval-steps", type=natural_int, default=0, help="steps between two evaluations; 0: none")
+    online.add_argument("--eval-reference", help="what samples are compared with, as evaluate.py's --reference")
+    online.add_argument("--eval-samples", type=positive_int, default=5000, help="samples of an evaluation")
+    online.add_argument("--eval-features", default="inception", help="feature space, as evaluate.py's --features")
+    online.add_argument("--eval-weights", help="weights file of the feature network (default: downloaded once)")
 
 
 def add_training_flags(parser) -> None:
@@ -119,6 +136,7 @@ def add_sit_flags(parser, *, bn_momentum: bool) -> None:
     if bn_momentum:
         sit.add_argument("--bn-momentum", type=unit_float, default=0.1, help="of the latents' BatchNorm")
     sit.add_argument("--cfg-prob", type=unit_float, default=0.1, help="share of labels dropped to the null label")
+    sit.add_argument("--ema-decay", type=unit_float, default=0.9999, help="of SiT's EMA, which sampling uses")
     sit.add_argument("--path-type", default="linear", choices=["linear", "cosine"], help="data to noise")
     sit.add_argument("--prediction", default="v", choices=["v"], help="what SiT predicts: the velocity")
     sit.add_argument("--weighting", default="uniform", choices=["uniform", "lognormal"], help="how t is drawn")
@@ -153,9 +171,13 @@ def repae_parser() -> ArgumentParser:
     add_data_flags(parser)
     add_sit_flags(parser, bn_momentum=True)
     add_alignment_flags(parser)
-    parser.add_argument("--vae-align-proj-coeff", type=natural_float, default=1.5, help="weight of VAE's alignment loss")
+    parser.add_argument(
+        "--vae-align-proj-coeff", type=natural_float, default=1.5, help="weight of VAE's alignment loss"
+    )
+    on_off(parser, "--stop-grad", True, "keep the diffusion loss out of the VAE; without it the latents collapse")
     add_vae_flags(parser, ckpt="pretrained/sdvae-f8d4/sdvae-f8d4.pt", default="f8d4")
     add_vae_loss_flags(parser)
+    add_online_evaluation_flags(parser)
     add_training_flags(parser)
     return parser
 
@@ -168,6 +190,7 @@ def ldm_only_parser() -> ArgumentParser:
     add_alignment_flags(parser)
     add_vae_flags(parser, ckpt="pretrained/e2e-vavae-400k/e2e-vavae-400k.pt", default="f16d32")
     parser.add_argument("--vae-latents-name", default="e2e-vavae-400k", help="latents cached by cache_latents.py")
+    add_online_evaluation_flags(parser)
     add_training_flags(parser)
     parser.set_defaults(model="SiT-XL/1")
     return parser
@@ -203,6 +226,13 @@ def generate_parser() -> ArgumentParser:
     parser.add_argument("--label-sampling", default="random", choices=["random", "equal"],
                         help="class of each sample: uniform draw, or the same count of every class")  # fmt: skip
     parser.add_argument("--num-classes", type=positive_int, help="classes to draw from (default: the model's)")
+    parser.add_argument("--classes", help="only these classes, between commas")
+    parser.add_argument("--label-file", help=".npy or text file with the label of each sample")
+    parser.add_argument("--precision", choices=["fp32", "tf32", "bf16", "fp16"], help="of SiT (default: see --tf32)")
+    parser.add_argument("--grid", type=grid_shape, default=(8, 8), metavar="RxC", help="shape of the contact sheet")
+    on_off(parser, "--ema", True, "the moving average of SiT's weights")
+    on_off(parser, "--compile", False, "torch.compile SiT")
+    on_off(parser, "--trajectory", False, "also a picture of 8 samples on their way from noise")
     on_off(parser, "--save-png", False, "also write every sample as PNG")
     on_off(parser, "--overwrite", False, "replace an existing .npz of this name")
     on_off(parser, "--tf32", True, "TF32 products on CUDA")
@@ -244,4 +274,31 @@ def preprocessing_parser() -> ArgumentParser:
     parser.add_argument("--on-error", default="skip", choices=["skip", "stop"], help="for an unreadable image")
     on_off(parser, "--exif-orientation", False, "turn images as their EXIF tag says (the public code does not)")
     on_off(parser, "--overwrite", False, "replace an existing data folder")
+    return parser
+
+
+def evaluate_parser() -> ArgumentParser:
+    parser = ArgumentParser(description="FID, sFID, IS, precision and recall of samples; or a VAE's reconstructions.")
+    samples = parser.add_argument_group("samples against a reference")
+    samples.add_argument("--samples", help=".npz of generate.py (or any with arr_0), or a folder of images")
+    samples.add_argument("--reference", help="ADM reference .npz, a --save-stats file, any .npz, or a folder of images")
+    samples.add_argument("--save-stats", metavar="FILE", help="write the statistics of --reference to this .npz, once")
+    on_off(samples, "--overwrite", False, "replace an existing --save-stats file")
+    space = parser.add_argument_group("feature space")
+    space.add_argument("--features", default="inception", help="inception (FID), dinov2-vit-l (FD-DINOv2), any other "
+                       "--enc-type (FD of its mean token), or none (with --reconstruct)")  # fmt: skip
+    space.add_argument("--inception-weights", help="torch-fidelity's weights file (default: downloaded once)")
+    space.add_argument("--enc-ckpt", help="weights file of another --features network")
+    vae = parser.add_argument_group("reconstruction")
+    on_off(vae, "--reconstruct", False, "evaluate a VAE: rFID, PSNR, SSIM, LPIPS, and a picture")
+    vae.add_argument("--vae-ckpt", nargs="+", metavar="VAE", help="one VAE, or two to compare (before, after)")
+    vae.add_argument("--vae", nargs="+", default=["auto"], choices=[*VAE_NAMES, "auto"], help="architecture of each")
+    vae.add_argument("--data-dir", default="data", help="data folder, or folder or .npz of images")
+    vae.add_argument("--max-images", type=positive_int, help="take only so many images, evenly spread")
+    vae.add_argument("--num-picture", type=natural_int, default=8, help="images of the picture; 0 for none")
+    on_off(vae, "--lpips", True, "measure LPIPS")
+    vae.add_argument("--lpips-weights", help="torchvision vgg16 state dict (default: downloaded once)")
+    run = parser.add_argument_group("run")
+    run.add_argument("--batch-size", type=positive_int, default=64, help="images at a time per process")
+    run.add_argument("--output", metavar="FILE.json", help="where the numbers go (default: beside what is evaluated)")
     return parser

@@ -1,6 +1,7 @@
 """The path from data (t = 0) to noise (t = 1): x_t = alpha_t x_0 + sigma_t noise (SiT, arXiv 2401.08740, section 2)."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -40,3 +41,28 @@ def time_from_draw(draw: Tensor, weighting: str, path_type: str) -> Tensor:
         return draw
     ratio = draw.exp()
     return ratio / (1 + ratio) if path_type == "linear" else 2 / math.pi * ratio.atan()
+
+
+@dataclass(frozen=True)
+class Noising:
+    """How training noises latents: the path, how t is drawn, and the share of labels that is dropped."""
+
+    path_type: str = "linear"
+    weighting: str = "uniform"
+    cfg_prob: float = 0.1
+
+    def draw(self, draws, latent_shape: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The random numbers of a micro-step, each from a generator of its own.
+
+        Args:
+            draws: `utils.rng.Draws`.
+            latent_shape: (C, h, w).
+
+        Returns:
+            noise of the posterior (B, C, h, w), noise of the path (B, C, h, w), t (B,), and which labels are dropped
+            (B,) bool, or None where none ever are.
+        """
+        time_draw = draws.normal("time") if self.weighting == "lognormal" else draws.uniform("time")
+        t = time_from_draw(time_draw, self.weighting, self.path_type)
+        drop = draws.uniform("label") < self.cfg_prob if self.cfg_prob > 0 else None
+        return draws.normal("posterior", *latent_shape), draws.normal("noise", *latent_shape), t, drop

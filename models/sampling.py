@@ -3,6 +3,7 @@
 A sampler sees the network only as `velocity(x_t, t, labels)`. The state is kept in float64; the network gets float32.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -68,7 +69,8 @@ def heun(velocity: Velocity, noise: Tensor, labels: Tensor, *, num_steps: int, g
 
 def euler_maruyama(velocity: Velocity, noise: Tensor, labels: Tensor, *, num_steps: int, path_type: str,
                    step_noise: Callable[[int], Tensor], guidance_scale: float = 1.0,
-                   guidance_interval: tuple[float, float] = (0.0, 1.0), null_label: int | None = None) -> Tensor:  # fmt: skip
+                   guidance_interval: tuple[float, float] = (0.0, 1.0),
+                   null_label: int | None = None) -> Tensor:  # fmt: skip
     """SDE sampler with diffusion w_t = 2 t (SiT, eq. 10); the last step, from t = 0.04, adds no noise. As `euler`, and
 
     Args:
@@ -81,7 +83,9 @@ def euler_maruyama(velocity: Velocity, noise: Tensor, labels: Tensor, *, num_ste
     for i, (t, t_next) in enumerate(_steps(sde_times(num_steps))):
         v = guided(x, t, t)
         diffusion = 2 * t
-        drift = v - 0.5 * diffusion * score_from_velocity(v, x, torch.tensor(t, dtype=x.dtype, device=x.device), path_type)
+        drift = v - 0.5 * diffusion * score_from_velocity(
+            v, x, torch.tensor(t, dtype=x.dtype, device=x.device), path_type
+        )
         x = x + (t_next - t) * drift
         if t_next > 0:
             x = x + (diffusion * (t - t_next)) ** 0.5 * step_noise(i).double()
@@ -90,7 +94,7 @@ def euler_maruyama(velocity: Velocity, noise: Tensor, labels: Tensor, *, num_ste
 
 def _steps(times: Tensor) -> Iterator[tuple[float, float]]:
     values = times.tolist()  # float64 both ways: exact
-    return zip(values[:-1], values[1:], strict=True)
+    return itertools.pairwise(values)
 
 
 def _guided(velocity, labels, scale, interval, null_label):

@@ -15,6 +15,8 @@ from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Attention, Mlp
 from torch import Tensor, nn
 
+from utils.errors import InputError
+
 # Depth, width and heads of each size. The public code names S but cannot run it; T is ours, for laptops and tests.
 SIT_SIZES = {
     "T": dict(depth=6, hidden_size=192, num_heads=3, projector_dim=512),
@@ -159,7 +161,11 @@ class SiT(nn.Module):
         patch = self.x_embedder.proj
         nn.init.xavier_uniform_(patch.weight.view(patch.weight.shape[0], -1))
         nn.init.zeros_(patch.bias)
-        for weight in (self.y_embedder.embedding_table.weight, self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight):
+        for weight in (
+            self.y_embedder.embedding_table.weight,
+            self.t_embedder.mlp[0].weight,
+            self.t_embedder.mlp[2].weight,
+        ):
             nn.init.normal_(weight, std=0.02)
         for layer in (*(block.adaLN_modulation[1] for block in self.blocks), self.final_layer.adaLN_modulation[1],
                       self.final_layer.linear):  # fmt: skip
@@ -282,12 +288,28 @@ class LatentNorm(nn.BatchNorm2d):
 
 
 def sincos_positions(width: int, grid: int) -> Tensor:
-    """Fixed 2-d sin-cos table (1, grid * grid, width) of MAE and DiT: the first half encodes columns, the second rows."""
+    """Fixed 2-d sin-cos table (1, grid * grid, width) of MAE and DiT: first half columns, second half rows."""
     frequencies = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
     angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, width / 2)
     columns, rows = axis[None, :, :].expand(grid, -1, -1), axis[:, None, :].expand(-1, grid, -1)
     return torch.cat([columns, rows], dim=2).reshape(1, grid * grid, width).float()
+
+
+def build_sit(model: str, latent_shape: tuple[int, int, int], *, encoder_depth: int, **config) -> SiT:
+    """A preset for latents (C, h, w), with `config` for the rest of `SiT`'s arguments.
+
+    Raises:
+        InputError: the preset does not fit; the message names the flag.
+    """
+    channels, height, width = latent_shape
+    size, patch_size = model.removeprefix("SiT-").split("/")
+    if height != width or height % int(patch_size):
+        raise InputError(f"--model: {model} was given, whose patch does not divide latents of {height} x {width}")
+    depth = SIT_SIZES[size]["depth"]
+    if not 1 <= encoder_depth <= depth:
+        raise InputError(f"--encoder-depth: {encoder_depth} was given; {model} has blocks 1..{depth}")
+    return SiT_models[model](input_size=height, in_channels=channels, encoder_depth=encoder_depth, **config)
 
 
 def _preset(size: str, patch_size: int):
@@ -297,7 +319,9 @@ def _preset(size: str, patch_size: int):
 SiT_models = {f"SiT-{size}/{patch}": _preset(size, patch) for size in SIT_SIZES for patch in (1, 2, 4, 8)}
 
 
-def config_of_state_dict(state: dict[str, Tensor], *, num_heads: int | None = None, num_classes: int | None = None) -> dict:
+def config_of_state_dict(
+    state: dict[str, Tensor], *, num_heads: int | None = None, num_classes: int | None = None
+) -> dict:
     """The arguments of `SiT` that a state dict fits, read from its tensors' shapes.
 
     Args:

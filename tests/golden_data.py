@@ -30,7 +30,7 @@ def filled(manifest: dict[str, list[int]]) -> dict[str, torch.Tensor]:
 
 
 def close(actual, expected, rel: float, abs: float = 0.0, what: str = "") -> None:
-    """Assert |actual - expected| <= rel * max|expected| + abs; a stored subsample is compared with the same subsample."""
+    """Assert |actual - expected| <= rel * max|expected| + abs; of a stored subsample, at the same elements."""
     actual = actual.detach().cpu().numpy() if isinstance(actual, torch.Tensor) else np.asarray(actual)
     expected = np.asarray(expected)
     if actual.shape != expected.shape:
@@ -38,4 +38,18 @@ def close(actual, expected, rel: float, abs: float = 0.0, what: str = "") -> Non
         actual = subsample(actual, expected.size)
     difference = np.max(np.abs(actual.astype(np.float64) - expected.astype(np.float64)), initial=0.0)
     scale = np.max(np.abs(expected.astype(np.float64)), initial=0.0)
-    assert difference <= rel * scale + abs, f"{what}: off by {difference:.3g}, scale {scale:.3g}, allowed {rel} relative"
+    assert difference <= rel * scale + abs, (
+        f"{what}: off by {difference:.3g}, scale {scale:.3g}, allowed {rel} relative"
+    )
+
+
+VGG16_LAYERS = {0: (64, 3), 2: (64, 64), 5: (128, 64), 7: (128, 128), 10: (256, 128), 12: (256, 256),
+                14: (256, 256), 17: (512, 256), 19: (512, 512), 21: (512, 512), 24: (512, 512), 26: (512, 512),
+                28: (512, 512)}  # fmt: skip
+
+
+def filled_vgg16() -> dict[str, torch.Tensor]:
+    """The convolutions of torchvision's vgg16 with filled weights, under torchvision's names."""
+    shapes = {f"features.{i}.weight": (*channels, 3, 3) for i, channels in VGG16_LAYERS.items()}
+    shapes |= {f"features.{i}.bias": channels[:1] for i, channels in VGG16_LAYERS.items()}
+    return filled(shapes)

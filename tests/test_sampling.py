@@ -1,5 +1,6 @@
 """Samplers against the public implementation, and against problems whose solution is known."""
 
+import itertools
 import math
 
 import pytest
@@ -60,7 +61,7 @@ def test_order_of_convergence_on_a_gaussian(sampler, order):
     """The ODE maps N(0, 1) to N(0, s^2) linearly: x_0 = s x_1. Halving the step divides the error by 2^order."""
     noise, labels = torch.ones(1, 1, 1, 1), torch.zeros(1, dtype=torch.long)
     errors = [abs(sampler(gaussian_velocity, noise, labels, num_steps=n).item() - 0.5) for n in (40, 80, 160)]
-    for coarse, fine in zip(errors, errors[1:], strict=False):
+    for coarse, fine in itertools.pairwise(errors):
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.25)
 
 

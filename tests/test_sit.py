@@ -106,7 +106,7 @@ def test_sampled_time_and_dropped_labels(name, weighting, path):
 
 @pytest.mark.parametrize("name", ["sit_a", "sit_b"])
 def test_inference_and_latent_statistics(name):
-    sit, arrays, _, targets, z, y, noise, t = build(name)
+    sit, arrays, *_ = build(name)
     sit.eval()
     x, steps, labels = (torch.from_numpy(arrays[f"inference.{key}"]) for key in ("x", "t", "y"))
     close(sit(x, steps.flatten(), labels)[0], arrays["inference.out"], REL, ABS)

@@ -1,0 +1,284 @@
+"""REPA-E: train a latent diffusion transformer together with its VAE (arXiv 2504.10483).
+
+    accelerate launch train_repae.py --exp-name my-run --vae-ckpt pretrained/sdvae/sdvae-f8d4.pt
+
+One step, on images x and labels y (the paper's Algorithm 1): the VAE learns to reconstruct x and to align its latents
+with a frozen encoder through a frozen SiT; the discriminator learns to tell x from its reconstruction; SiT learns the
+velocity of the latents, detached, and the alignment; SiT's EMA follows.
+"""
+
+from configs.arguments import repae_parser
+
+if __name__ == "__main__":  # --help and a mistyped flag answer before the heavy imports
+    repae_parser().parse_args()
+
+import copy
+import logging
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from loss.adversarial import DiscriminatorLoss
+from loss.alignment import alignment_loss
+from loss.config import read_loss_config
+from loss.perceptual import load_lpips
+from loss.vae import VAELoss
+from loss.velocity import velocity_loss
+from models.discriminator import load_discriminator
+from models.encoders import load_encoders, resize_tokens
+from models.generation import SamplerConfig, preview, reconstruction_pairs
+from models.interpolant import Noising, interpolate
+from models.online import online_evaluation
+from models.sit import build_sit
+from models.vae import (
+    TrainableVAE,
+    downsampling,
+    latent_statistics,
+    load_vae,
+    measure_latent_statistics,
+    vae_config,
+)
+from models.vae_files import vae_of_checkpoint
+from models.vae_keys import ldm_parameters, to_ldm
+from utils.checkpoint import load_strictly, read_checkpoint
+from utils.data import ImageData, evenly_spaced
+from utils.distributed import main_first
+from utils.ema import update_ema
+from utils.errors import InputError, command
+from utils.files import atomic_write
+from utils.images import image_grid, to_signed
+from utils.modules import frozen
+from utils.optimizer import Optimizer, adamw_settings, checkpoint_entries, restore
+from utils.run import Run
+
+logger = logging.getLogger(__name__)
+
+PREVIEW_GUIDANCE = 4.0
+CHECKPOINT_ENTRIES = ("model", "ema", "vae", "discriminator", "opt", "opt_vae", "opt_disc", "steps")
+
+
+def train_step(run, nets: SimpleNamespace, optimizers: SimpleNamespace, data: Iterator, step: int, *, micro_steps: int,
+               noising: Noising, proj_coeff: float, vae_align_proj_coeff: float, ema_decay: float,
+               stop_grad: bool = True) -> dict[str, Tensor]:  # fmt: skip
+    """One optimiser step of VAE, discriminator and SiT, over `micro_steps` batches; returns the scalars to log."""
+    logs = {}
+    for micro_step in range(micro_steps):
+        last = micro_step == micro_steps - 1
+        images, labels = (x.to(run.device, non_blocking=True) for x in next(data))  # uint8 (B, 3, H, W), (B,)
+        pixels = to_signed(images)
+        with run.autocast():
+            targets = [resize_tokens(encoder(images), nets.sit.grid) for encoder in nets.encoders]  # (B, N, F)
+        posterior_eps, noise, t, drop = noising.draw(run.draws(step, micro_step), nets.latent_shape)
+
+        with run.synchronised(nets.vae_ddp, nets.discriminator_ddp, nets.sit_ddp, when=last):
+            # 1. VAE: reconstruct, and align the latents through a frozen SiT (running statistics, no label dropped).
+            nets.sit.eval()
+            with frozen(nets.sit, nets.discriminator):
+                with run.autocast():
+                    moments, z, reconstruction = nets.vae_ddp(pixels, posterior_eps)
+                reconstruction = reconstruction.float()
+                vae_loss, terms = nets.vae_loss(pixels, reconstruction, moments, nets.discriminator, step)
+                x_t, target = interpolate(nets.sit.normalize(z), noise, t, noising.path_type)
+                with run.autocast():
+                    if stop_grad:
+                        projections = nets.sit.project(x_t, t, labels)
+                    else:  # the paper's negative control: the diffusion loss reaches the VAE
+                        velocity, projections = nets.sit(x_t, t, labels)
+                        vae_loss = vae_loss + velocity_loss(velocity, target).mean()
+                vae_align_loss = alignment_loss(projections, targets)
+                vae_loss = vae_loss + vae_align_proj_coeff * vae_align_loss
+                optimizers.opt_vae.backward(vae_loss / micro_steps)
+            grad_norm_vae = optimizers.opt_vae.step() if last else None
+
+            # 2. Discriminator: real against the same reconstruction, detached; two calls, each its own statistics.
+            logits_real = nets.discriminator_ddp(pixels)
+            logits_fake = nets.discriminator_ddp(reconstruction.detach())
+            d_loss, d_terms = nets.discriminator_loss(logits_real, logits_fake, step)
+            optimizers.opt_disc.backward(d_loss / micro_steps)
+            grad_norm_disc = optimizers.opt_disc.step() if last else None
+
+            # 3. SiT: the same t and noise on detached latents, so that the diffusion loss cannot collapse the VAE.
+            nets.sit.train()
+            x_t, target = interpolate(nets.sit.normalize(z.detach()), noise, t, noising.path_type)
+            with run.autocast():
+                velocity, projections = nets.sit_ddp(x_t, t, labels, drop)
+            denoising_loss = velocity_loss(velocity, target).mean()
+            proj_loss = alignment_loss(projections, targets)
+            sit_loss = denoising_loss + proj_coeff * proj_loss
+            optimizers.opt.backward(sit_loss / micro_steps)
+            grad_norm_sit = optimizers.opt.step() if last else None
+
+        scalars = dict(sit_loss=sit_loss, denoising_loss=denoising_loss, proj_loss=proj_loss, vae_loss=vae_loss,
+                       vae_align_loss=vae_align_loss, **terms, **d_terms)  # fmt: skip
+        for name, value in scalars.items():
+            logs[name] = logs.get(name, 0) + value.detach() / micro_steps
+
+    # 4. EMA of SiT's parameters and of its normaliser.
+    update_ema(nets.ema, nets.sit, ema_decay)
+    return logs | dict(grad_norm_sit=grad_norm_sit, grad_norm_vae=grad_norm_vae, grad_norm_disc=grad_norm_disc)
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    args = repae_parser().parse_args(argv)
+    run = Run(args)
+    with main_first():
+        data = ImageData(args.data_dir, resolution=args.resolution, num_classes=args.num_classes)
+        loader = run.batches(data)
+        nets = build_networks(args, run)
+        run.require_room([nets.sit, nets.vae, nets.discriminator], copies=[nets.ema])
+    evaluate = online_evaluation(args, run)
+    run.open_folder()
+    move_to_device(nets, run)
+    if nets.checkpoint is None:
+        start_normalizer(nets, data, run)
+    optimizers = build_optimizers(args, nets, run)
+    nets.checkpoint = None  # frees its tensors
+    nets.vae_ddp, nets.sit_ddp = run.wrap(nets.vae.train()), run.wrap(nets.sit.train())
+    nets.discriminator_ddp = run.wrap(nets.discriminator.train())
+    if args.compile:
+        compile_networks(nets)
+    settings = dict(
+        micro_steps=args.gradient_accumulation_steps, noising=Noising(args.path_type, args.weighting, args.cfg_prob),
+        proj_coeff=args.proj_coeff, vae_align_proj_coeff=args.vae_align_proj_coeff, ema_decay=args.ema_decay,
+        stop_grad=args.stop_grad,
+    )  # fmt: skip
+
+    progress = run.steps(data)
+    for step in progress:
+        logs = train_step(run, nets, optimizers, loader, step, **settings)
+
+        done = step + 1
+        run.log(done, logs, progress)
+        if run.is_due(done, args.checkpointing_steps):
+            run.save(done, lambda done=done: checkpoint_contents(args, nets, optimizers, done))
+        if evaluate is not None and run.is_due(done, args.eval_steps):
+            run.log_evaluation(done, evaluate(nets.ema, nets.vae.vae, nets.ema.latent_stats()))
+        if args.num_preview and run.is_due(done, args.sampling_steps):
+            log_previews(args, run, nets, data, done)
+    run.close()
+
+
+def build_networks(args, run: Run) -> SimpleNamespace:
+    """All networks on the CPU, from public files or from the checkpoint that the run resumes; nothing is written."""
+    torch.manual_seed(args.seed)  # of fresh weights; every other draw has a generator of its own
+    checkpoint = read_checkpoint(run.resume_from, need=CHECKPOINT_ENTRIES) if run.resume_from else None
+    nets = SimpleNamespace(checkpoint=checkpoint)
+    nets.encoders = load_encoders(args.enc_type, args.resolution, args.enc_ckpt)
+    if not nets.encoders:
+        raise InputError("--enc-type: REPA-E needs an encoder to align with; train_ldm_only.py runs without one")
+    config = read_loss_config(args.loss_cfg_path)
+    nets.vae_loss = VAELoss(config, load_lpips(args.lpips_weights) if config.perceptual_weight > 0 else None)
+    nets.discriminator_loss = DiscriminatorLoss(config)
+
+    if checkpoint is None:
+        vae, nets.discriminator = load_vae(args.vae, args.vae_ckpt), load_discriminator(args.disc_pretrained_ckpt)
+        nets.latent_stats = latent_statistics(args.vae_ckpt, vae)
+    else:
+        vae, nets.discriminator = vae_of_checkpoint(checkpoint, run.resume_from), load_discriminator(None)
+    factor = downsampling(vae)
+    if args.resolution % factor:
+        raise InputError(f"--resolution: {args.resolution} was given; a multiple of {factor} is needed by this VAE")
+    side = args.resolution // factor
+    nets.latent_shape = (vae.config.latent_channels, side, side)
+    nets.vae = TrainableVAE(vae)
+
+    nets.sit = build_sit(
+        args.model, nets.latent_shape, encoder_depth=args.encoder_depth, num_classes=args.num_classes,
+        class_dropout_prob=args.cfg_prob, z_dims=[encoder.embed_dim for encoder in nets.encoders],
+        qk_norm=args.qk_norm, fused_attn=args.fused_attn, bn_momentum=args.bn_momentum, learn_pos_embed=True,
+    )  # fmt: skip
+    nets.ema = copy.deepcopy(nets.sit).eval().requires_grad_(False)
+    if checkpoint is not None:
+        load_networks(nets, checkpoint, str(run.resume_from))
+    return nets
+
+
+def load_networks(nets: SimpleNamespace, checkpoint: dict, path: str) -> None:
+    """Weights of a checkpoint, ours or public; the VAE's are loaded already."""
+    load_strictly(nets.sit, checkpoint["model"], f"{path}: model")
+    load_strictly(nets.ema, checkpoint["ema"], f"{path}: ema")
+    load_strictly(nets.discriminator, checkpoint["discriminator"], f"{path}: discriminator")
+    if "loss_buffers" in checkpoint:
+        load_strictly(nets.discriminator_loss, checkpoint["loss_buffers"], f"{path}: loss_buffers")
+
+
+def move_to_device(nets: SimpleNamespace, run: Run) -> None:
+    for module in (nets.sit, nets.ema, nets.vae, nets.discriminator, nets.discriminator_loss, *nets.encoders):
+        module.to(run.device)
+    if nets.vae_loss.lpips is not None:
+        nets.vae_loss.lpips.to(run.device)
+
+
+def start_normalizer(nets: SimpleNamespace, data: ImageData, run: Run) -> None:
+    """SiT's normaliser starts from the latent statistics stored with the VAE, else from those of the data set."""
+    if nets.latent_stats is None:
+        logger.info("the VAE carries no latent statistics: measuring them on the data set")
+        nets.latent_stats = measure_latent_statistics(
+            nets.vae.vae, data, device=run.device, rank=run.rank, world_size=run.world_size
+        )
+        if run.is_main:
+            scale, bias = nets.latent_stats
+            with atomic_write(run.folder / "latents-stats.pt") as temporary:
+                torch.save({"latents_scale": scale, "latents_bias": bias}, temporary)
+    for sit in (nets.sit, nets.ema):
+        sit.set_latent_stats(*nets.latent_stats)
+
+
+def build_optimizers(args, nets: SimpleNamespace, run: Run) -> SimpleNamespace:
+    """Three AdamW, called as in checkpoints, with the moments of the checkpoint that the run resumes."""
+    common = adamw_settings(args, scale_loss=run.scales_loss)
+    optimizers = SimpleNamespace(
+        opt=Optimizer(list(nets.sit.named_parameters()), lr=args.learning_rate, **common),
+        opt_vae=Optimizer(ldm_parameters(nets.vae.vae), lr=args.vae_learning_rate, **common),
+        opt_disc=Optimizer(list(nets.discriminator.named_parameters()), lr=args.disc_learning_rate, **common),
+    )
+    if nets.checkpoint is not None:
+        restore(vars(optimizers), nets.checkpoint, str(run.resume_from))
+    return optimizers
+
+
+def compile_networks(nets: SimpleNamespace) -> None:
+    """In place, so that state dicts keep their names. `project` is a pass of its own and is compiled by itself."""
+    nets.sit_ddp.compile()
+    nets.vae_ddp.compile()
+    nets.sit.project = torch.compile(nets.sit.project)
+    for encoder in nets.encoders:
+        encoder.compile_network()
+
+
+def checkpoint_contents(args, nets: SimpleNamespace, optimizers: SimpleNamespace, step: int) -> dict:
+    ldm = to_ldm(nets.vae.vae)
+    return {
+        "model": nets.sit.state_dict(),
+        "ema": nets.ema.state_dict(),
+        "vae": ldm,
+        "discriminator": nets.discriminator.state_dict(),
+        **checkpoint_entries(vars(optimizers), {"opt_vae": {name: tensor.shape for name, tensor in ldm.items()}}),
+        "args": vars(args),
+        "steps": step,
+        "vae_config": vae_config(nets.vae.vae),
+        "loss_buffers": nets.discriminator_loss.state_dict(),
+    }
+
+
+def log_previews(args, run: Run, nets: SimpleNamespace, data: ImageData, step: int) -> None:
+    """Samples of the EMA, and images beside their reconstructions, as two grids."""
+    vae = nets.vae.vae
+    guidance = PREVIEW_GUIDANCE if nets.ema.null_label is not None else 1.0
+    config = SamplerConfig(path_type=args.path_type, guidance_scale=guidance)
+    samples = preview(nets.ema, vae, nets.ema.latent_stats(), args.num_preview, args.seed, config,
+                      rank=run.rank, world_size=run.world_size)  # fmt: skip
+    if run.is_main:
+        run.log_image(step, "samples", image_grid(samples, columns=8))
+        images, _ = data.__getitems__(evenly_spaced(len(data), args.num_preview // 2))
+        run.log_image(
+            step, "reconstructions", image_grid(reconstruction_pairs(vae, images.to(run.device)).cpu(), columns=8)
+        )
+    run.wait()
+
+
+if __name__ == "__main__":
+    main()

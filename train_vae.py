@@ -1,0 +1,175 @@
+"""Train a VAE alone, from scratch or from given weights: reconstruction, LPIPS, KL, GAN.
+
+    accelerate launch train_vae.py --exp-name my-vae --vae f8d4 --data-dir data
+    accelerate launch train_vae.py --exp-name tuned --vae f8d4 --vae-ckpt pretrained/sdvae/sdvae-f8d4.pt
+
+It is steps 1 and 2 of REPA-E without the alignment, and how data that no public VAE knows get one. At the end the VAE
+lies in `<output-dir>/<exp-name>/` as `<exp-name>.pt`, with its latent statistics and discriminator, for --vae-ckpt of
+the other scripts.
+"""
+
+from configs.arguments import vae_parser
+
+if __name__ == "__main__":  # --help and a mistyped flag answer before the heavy imports
+    vae_parser().parse_args()
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from loss.adversarial import DiscriminatorLoss
+from loss.config import read_loss_config
+from loss.perceptual import load_lpips
+from loss.vae import VAELoss
+from models.discriminator import load_discriminator
+from models.generation import reconstruction_pairs
+from models.vae import TrainableVAE, build_vae, downsampling, load_vae, measure_latent_statistics, vae_config
+from models.vae_files import require_new_vae_files, save_vae_files, vae_of_checkpoint
+from models.vae_keys import ldm_parameters, to_ldm
+from utils.checkpoint import load_strictly, read_checkpoint
+from utils.data import ImageData, evenly_spaced
+from utils.distributed import main_first
+from utils.errors import InputError, command
+from utils.images import image_grid, to_signed
+from utils.modules import frozen
+from utils.optimizer import Optimizer, adamw_settings, checkpoint_entries, restore
+from utils.run import Run
+
+CHECKPOINT_ENTRIES = ("vae", "discriminator", "opt_vae", "opt_disc", "steps")
+
+
+def train_step(run, nets: SimpleNamespace, optimizers: SimpleNamespace, data: Iterator, step: int, *,
+               micro_steps: int) -> dict[str, Tensor]:  # fmt: skip
+    """One optimiser step of VAE and discriminator over `micro_steps` batches; returns the scalars to log."""
+    logs = {}
+    for micro_step in range(micro_steps):
+        last = micro_step == micro_steps - 1
+        images, _ = next(data)
+        pixels = to_signed(images.to(run.device, non_blocking=True))  # [-1, 1] (B, 3, H, W)
+        posterior_eps = run.draws(step, micro_step).normal("posterior", *nets.latent_shape)
+
+        with run.synchronised(nets.vae_ddp, nets.discriminator_ddp, when=last):
+            # 1. VAE: reconstruct, and convince a frozen discriminator.
+            with frozen(nets.discriminator):
+                with run.autocast():
+                    moments, _, reconstruction = nets.vae_ddp(pixels, posterior_eps)
+                reconstruction = reconstruction.float()
+                vae_loss, terms = nets.vae_loss(pixels, reconstruction, moments, nets.discriminator, step)
+                optimizers.opt_vae.backward(vae_loss / micro_steps)
+            grad_norm_vae = optimizers.opt_vae.step() if last else None
+
+            # 2. Discriminator: real against the same reconstruction, detached; two calls, each its own statistics.
+            logits_real = nets.discriminator_ddp(pixels)
+            logits_fake = nets.discriminator_ddp(reconstruction.detach())
+            d_loss, d_terms = nets.discriminator_loss(logits_real, logits_fake, step)
+            optimizers.opt_disc.backward(d_loss / micro_steps)
+            grad_norm_disc = optimizers.opt_disc.step() if last else None
+
+        for name, value in dict(vae_loss=vae_loss, **terms, **d_terms).items():
+            logs[name] = logs.get(name, 0) + value.detach() / micro_steps
+    return logs | dict(grad_norm_vae=grad_norm_vae, grad_norm_disc=grad_norm_disc)
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    args = vae_parser().parse_args(argv)
+    run = Run(args)
+    with main_first():
+        data = ImageData(args.data_dir, resolution=args.resolution)
+        loader = run.batches(data)
+        nets = build_networks(args, run)
+        run.require_room([nets.vae, nets.discriminator], copies=[])
+        if not (args.overwrite or run.goes_on):
+            require_new_vae_files(args.output_dir, args.exp_name, "--exp-name")
+    run.open_folder()
+    for module in (nets.vae, nets.discriminator, nets.discriminator_loss, nets.vae_loss.lpips):
+        if module is not None:
+            module.to(run.device)
+    optimizers = build_optimizers(args, nets, run)
+    nets.checkpoint = None  # frees its tensors
+    nets.vae_ddp, nets.discriminator_ddp = run.wrap(nets.vae.train()), run.wrap(nets.discriminator.train())
+    if args.compile:
+        nets.vae_ddp.compile()
+
+    progress = run.steps(data)
+    for step in progress:
+        logs = train_step(run, nets, optimizers, loader, step, micro_steps=args.gradient_accumulation_steps)
+
+        done = step + 1
+        run.log(done, logs, progress)
+        if run.is_due(done, args.checkpointing_steps):
+            run.save(done, lambda done=done: checkpoint_contents(args, nets, optimizers, done))
+        if args.num_preview and run.is_main and run.is_due(done, args.sampling_steps):
+            images, _ = data.__getitems__(evenly_spaced(len(data), args.num_preview // 2))
+            pairs = reconstruction_pairs(nets.vae.vae, images.to(run.device))
+            run.log_image(done, "reconstructions", image_grid(pairs.cpu(), columns=8))
+    write_vae(args, nets, data, run)
+    run.close()
+
+
+def build_networks(args, run: Run) -> SimpleNamespace:
+    """All networks on the CPU: fresh, from given files, or from the checkpoint that the run resumes."""
+    torch.manual_seed(args.seed)  # of fresh weights; every other draw has a generator of its own
+    nets = SimpleNamespace()
+    nets.checkpoint = read_checkpoint(run.resume_from, need=CHECKPOINT_ENTRIES) if run.resume_from else None
+    config = read_loss_config(args.loss_cfg_path)
+    nets.vae_loss = VAELoss(config, load_lpips(args.lpips_weights) if config.perceptual_weight > 0 else None)
+    nets.discriminator_loss = DiscriminatorLoss(config)
+    if nets.checkpoint is not None:
+        vae, nets.discriminator = vae_of_checkpoint(nets.checkpoint, run.resume_from), load_discriminator(None)
+        path = str(run.resume_from)
+        load_strictly(nets.discriminator, nets.checkpoint["discriminator"], f"{path}: discriminator")
+        load_strictly(nets.discriminator_loss, nets.checkpoint["loss_buffers"], f"{path}: loss_buffers")
+    else:
+        if args.vae_ckpt is None and args.vae == "auto":
+            raise InputError("--vae auto takes the architecture from --vae-ckpt; from scratch, name one")
+        vae = load_vae(args.vae, args.vae_ckpt) if args.vae_ckpt else build_vae(args.vae)
+        nets.discriminator = load_discriminator(args.disc_pretrained_ckpt)
+    factor = downsampling(vae)
+    if args.resolution % factor:
+        raise InputError(f"--resolution: {args.resolution} was given; a multiple of {factor} is needed by this VAE")
+    nets.latent_shape = (vae.config.latent_channels, args.resolution // factor, args.resolution // factor)
+    nets.vae = TrainableVAE(vae)
+    return nets
+
+
+def build_optimizers(args, nets: SimpleNamespace, run: Run) -> SimpleNamespace:
+    """Two AdamW, called as in checkpoints, with the moments of the checkpoint that the run resumes."""
+    common = adamw_settings(args, scale_loss=run.scales_loss)
+    optimizers = SimpleNamespace(
+        opt_vae=Optimizer(ldm_parameters(nets.vae.vae), lr=args.vae_learning_rate, **common),
+        opt_disc=Optimizer(list(nets.discriminator.named_parameters()), lr=args.disc_learning_rate, **common),
+    )
+    if nets.checkpoint is not None:
+        restore(vars(optimizers), nets.checkpoint, str(run.resume_from))
+    return optimizers
+
+
+def checkpoint_contents(args, nets: SimpleNamespace, optimizers: SimpleNamespace, step: int) -> dict:
+    ldm = to_ldm(nets.vae.vae)
+    return {
+        "vae": ldm,
+        "discriminator": nets.discriminator.state_dict(),
+        **checkpoint_entries(vars(optimizers), {"opt_vae": {name: tensor.shape for name, tensor in ldm.items()}}),
+        "args": vars(args),
+        "steps": step,
+        "vae_config": vae_config(nets.vae.vae),
+        "loss_buffers": nets.discriminator_loss.state_dict(),
+    }
+
+
+def write_vae(args, nets: SimpleNamespace, data: ImageData, run: Run) -> None:
+    """The VAE's files, with the statistics of its latents on this data set."""
+    vae = nets.vae.vae.eval()
+    scale, bias = measure_latent_statistics(vae, data, device=run.device, rank=run.rank, world_size=run.world_size)
+    if run.is_main:
+        folder = save_vae_files(args.output_dir, args.exp_name, vae, scale, bias, nets.discriminator.state_dict(),
+                                overwrite=True)  # fmt: skip
+        print(f"the VAE is {Path(folder) / args.exp_name}.pt")
+
+
+if __name__ == "__main__":
+    main()

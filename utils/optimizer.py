@@ -1,0 +1,113 @@
+"""One network's optimiser: AdamW, clipping, and under fp16 a gradient scaler of its own."""
+
+import argparse
+
+import torch
+from torch import Tensor, nn
+
+from utils.errors import InputError
+
+
+class Optimizer:
+    """AdamW over named parameters, with gradient clipping and loss scaling.
+
+    REPA-E has three of these. Each has its own gradient scaler, because an overflow in one network's gradients says
+    nothing about the scale that suits the others (accelerate's single scaler would lower all, and its clipping unscales
+    every optimiser).
+
+    Args:
+        parameters: (name, parameter) pairs in the order of the checkpoint's optimiser state.
+        lr, betas, eps, weight_decay: AdamW's.
+        max_grad_norm: gradients are clipped to this total norm.
+        scale_loss: whether to scale losses against fp16 underflow (CUDA only).
+    """
+
+    def __init__(self, parameters: list[tuple[str, nn.Parameter]], *, lr: float, betas: tuple[float, float],
+                 eps: float, weight_decay: float, max_grad_norm: float, scale_loss: bool):  # fmt: skip
+        self.names = [name for name, _ in parameters]
+        self.parameters = [parameter for _, parameter in parameters]
+        self.max_grad_norm = max_grad_norm
+        on_cuda = self.parameters[0].is_cuda
+        self.adamw = torch.optim.AdamW(
+            self.parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=on_cuda or None
+        )
+        self.scaler = torch.amp.GradScaler("cuda", enabled=scale_loss and on_cuda)
+
+    def backward(self, loss: Tensor) -> None:
+        self.scaler.scale(loss).backward()
+
+    def step(self) -> Tensor:
+        """Clip, step (unless fp16 overflowed), clear the gradients; returns the gradient norm before clipping."""
+        self.scaler.unscale_(self.adamw)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        self.scaler.step(self.adamw)
+        self.scaler.update()
+        self.adamw.zero_grad(set_to_none=True)
+        return norm
+
+    def state_dict(self, shapes: dict[str, torch.Size] | None = None) -> dict:
+        """torch's state dict; moments are viewed in the `shapes` that the checkpoint gives to these parameters."""
+        state = self.adamw.state_dict()
+        if shapes is not None:
+            entries = {index: _reshaped(entry, shapes[self.names[index]]) for index, entry in state["state"].items()}
+            state = {**state, "state": entries}
+        return state
+
+    def load_state_dict(self, saved: dict, names: list[str], what: str) -> None:
+        """Take over saved moments by parameter name.
+
+        Args:
+            saved: a `state_dict`, ours or of a public checkpoint.
+            names: the parameter name of each index in `saved`.
+            what: names the state in errors.
+        """
+        index_of = {name: index for index, name in enumerate(names)}
+        entries = {}
+        for index, (name, parameter) in enumerate(zip(self.names, self.parameters, strict=True)):
+            entry = saved["state"].get(index_of.get(name))
+            if entry is None:
+                continue  # a parameter that never had a gradient
+            if entry["exp_avg"].numel() != parameter.numel():
+                raise InputError(f"{what}: the moments of {name} have shape {tuple(entry['exp_avg'].shape)}; "
+                                 f"the network's parameter has {tuple(parameter.shape)}")  # fmt: skip
+            entries[index] = _reshaped(entry, parameter.shape)
+        if not entries and saved["state"]:
+            raise InputError(f"{what}: none of its {len(saved['state'])} states belongs to a parameter of this network")
+        # Hyperparameters are those of this run, not of the checkpoint: a resumed run may lower its learning rate.
+        self.adamw.load_state_dict({"state": entries, "param_groups": self.adamw.state_dict()["param_groups"]})
+
+
+def _reshaped(entry: dict, shape: torch.Size) -> dict:
+    return {key: value.reshape(shape) if key.startswith("exp_avg") else value for key, value in entry.items()}
+
+
+def adamw_settings(args: argparse.Namespace, *, scale_loss: bool) -> dict:
+    """What the optimisers of a run have in common; the learning rates differ."""
+    return dict(betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, weight_decay=args.adam_weight_decay,
+                max_grad_norm=args.max_grad_norm, scale_loss=scale_loss)  # fmt: skip
+
+
+def checkpoint_entries(optimizers: dict[str, Optimizer], shapes: dict[str, dict[str, torch.Size]]) -> dict:
+    """What a checkpoint holds of its optimisers, which are called as in the checkpoint: `opt`, `opt_vae`, `opt_disc`.
+
+    Args:
+        shapes: for an optimiser, the shapes that the checkpoint gives to its parameters where they differ from ours.
+    """
+    return {
+        **{key: optimizer.state_dict(shapes.get(key)) for key, optimizer in optimizers.items()},
+        "scalers": {key: optimizer.scaler.state_dict() for key, optimizer in optimizers.items()},
+        "param_names": {key: optimizer.names for key, optimizer in optimizers.items()},
+    }
+
+
+def restore(optimizers: dict[str, Optimizer], checkpoint: dict, path: str) -> None:
+    """Load the optimisers' states of a checkpoint, ours (by name) or public (by the known order)."""
+    for key, optimizer in optimizers.items():
+        if "param_names" in checkpoint:
+            names = checkpoint["param_names"][key]
+        else:
+            # Public order: SiT's own, LDM's for the VAE, and the loss module's, whose first parameter is `logvar`.
+            names = ["logvar", *optimizer.names] if key == "opt_disc" else optimizer.names
+        optimizer.load_state_dict(checkpoint[key], names, f"{path}: {key}")
+        if (scaler := checkpoint.get("scalers", {}).get(key)) and optimizer.scaler.is_enabled():
+            optimizer.scaler.load_state_dict(scaler)

@@ -1,0 +1,67 @@
+"""The experiment trackers: accelerate's, opened so that a missing key or connection never stops or delays a run."""
+
+import logging
+import os
+import socket
+import threading
+from argparse import Namespace
+from pathlib import Path
+from urllib.parse import urlparse
+
+logger = logging.getLogger(__name__)
+
+PROBE_SECONDS = 10.0
+
+
+def open_trackers(args: Namespace, folder: Path) -> list:
+    """The tracker that `--report-to` names, as a list of none or one; call on rank 0 only."""
+    if args.report_to == "none":
+        return []
+    logging_dir = folder / args.logging_dir
+    logging_dir.mkdir(parents=True, exist_ok=True)
+    if args.report_to == "tensorboard":
+        from accelerate.tracking import TensorBoardTracker
+
+        tracker = TensorBoardTracker(args.exp_name, logging_dir=str(logging_dir))
+    else:
+        from accelerate.tracking import WandBTracker
+
+        reason = _why_offline()
+        if reason:
+            os.environ["WANDB_MODE"] = "offline"
+            logger.warning("wandb: %s; it runs offline and writes to %s (later: `wandb sync`)", reason, logging_dir)
+        tracker = WandBTracker("REPA-E", name=args.exp_name, dir=str(logging_dir))
+    tracker.start()
+    config = {
+        key: value if isinstance(value, str | int | float | bool) else str(value) for key, value in vars(args).items()
+    }
+    tracker.store_init_configuration(config)
+    return [tracker]
+
+
+def _why_offline() -> str | None:
+    """Why wandb cannot report online: no key, or no connection within ten seconds. None: it can, or the user chose."""
+    if os.environ.get("WANDB_MODE"):
+        return None
+    import wandb
+
+    if not wandb.api.api_key:
+        return "there is no key (`wandb login`, or WANDB_API_KEY)"
+    host = urlparse(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
+    return None if _reachable(host) else f"{host} was not reached within {PROBE_SECONDS:.0f} s"
+
+
+def _reachable(host: str, port: int = 443) -> bool:
+    reached = threading.Event()
+
+    def connect():  # in a thread: a name look-up has no time limit of its own
+        try:
+            socket.create_connection((host, port), timeout=PROBE_SECONDS).close()
+            reached.set()
+        except OSError:
+            pass
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(PROBE_SECONDS)
+    return reached.is_set()
