@@ -38,6 +38,9 @@ def main(argv: list[str] | None = None) -> None:
     if not args.overwrite:
         require_new_vae_files(args.save_dir, args.vae_name)
     with about("--repae-ckpt"):
+        if not path.is_file():
+            raise InputError(f"{path} does not exist; a run of train_repae.py has checkpoints/<step>.pt, and "
+                             "`hf download REPA-E/sit-repae-vavae` a public one")  # fmt: skip
         checkpoint = read_checkpoint(path)
         if "vae" not in checkpoint:
             raise InputError(f"{path} holds no VAE: it is a checkpoint of train_ldm_only.py, whose VAE is frozen")

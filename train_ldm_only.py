@@ -11,7 +11,6 @@ if __name__ == "__main__":  # --help and a mistyped flag answer before the heavy
     ldm_only_parser().parse_args()
 
 import copy
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from loss.alignment import alignment_loss
 from loss.velocity import velocity_loss
-from models.encoders import load_encoders, resize_tokens
+from models.encoders import load_encoders, resize_tokens, resizing_notes
 from models.generation import SamplerConfig, preview
 from models.interpolant import Noising, interpolate
 from models.online import online_evaluation
@@ -38,8 +37,6 @@ from utils.images import image_grid
 from utils.latents import sample_mean_std
 from utils.optimizer import Optimizer, adamw_settings, checkpoint_entries, restore
 from utils.run import Run
-
-logger = logging.getLogger(__name__)
 
 PREVIEW_GUIDANCE = 4.0
 CHECKPOINT_ENTRIES = ("model", "ema", "opt", "steps")
@@ -83,14 +80,14 @@ def main(argv: list[str] | None = None) -> None:
         data = ImageData(args.data_dir, resolution=args.resolution, num_classes=args.num_classes)
         latents = LatentData(Path(args.data_dir) / args.vae_latents_name, data)
         nets = build_networks(args, run, latents)
-        run.require_room([nets.sit], copies=[nets.ema])
         loader = run.batches(LatentsAndLabels(latents, data, with_images=bool(nets.encoders)))
+        for module in (nets.sit, nets.ema, nets.vae, *nets.encoders):
+            module.to(run.device)
+        optimizer = build_optimizer(args, nets, run)
+        run.require_room([nets.sit], copies=[nets.ema])
+    nets.checkpoint = None  # frees its tensors
     evaluate = online_evaluation(args, run)
     run.open_folder()
-    for module in (nets.sit, nets.ema, nets.vae, *nets.encoders):
-        module.to(run.device)
-    optimizer = build_optimizer(args, nets, run)
-    nets.checkpoint = None  # frees its tensors
     nets.sit_ddp = run.wrap(nets.sit.train())
     if args.compile:
         nets.sit_ddp.compile()
@@ -137,6 +134,7 @@ def build_networks(args, run: Run, latents: LatentData) -> SimpleNamespace:
         qk_norm=args.qk_norm, fused_attn=args.fused_attn,
     )  # fmt: skip
     nets.sit.set_latent_stats(*(latent_statistics(args.vae_ckpt, nets.vae) or cached_statistics(latents)))
+    run.notes += resizing_notes(nets.encoders, nets.sit.grid)
     nets.ema = copy.deepcopy(nets.sit).eval().requires_grad_(False)
     if nets.checkpoint is not None:
         load_strictly(nets.sit, nets.checkpoint["model"], f"{run.resume_from}: model")

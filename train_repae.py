@@ -13,8 +13,8 @@ if __name__ == "__main__":  # --help and a mistyped flag answer before the heavy
     repae_parser().parse_args()
 
 import copy
-import logging
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -26,8 +26,8 @@ from loss.config import read_loss_config
 from loss.perceptual import load_lpips
 from loss.vae import VAELoss
 from loss.velocity import velocity_loss
-from models.discriminator import load_discriminator
-from models.encoders import load_encoders, resize_tokens
+from models.discriminator import SMALLEST_IMAGE, load_discriminator
+from models.encoders import load_encoders, resize_tokens, resizing_notes
 from models.generation import SamplerConfig, preview, reconstruction_pairs
 from models.interpolant import Noising, interpolate
 from models.online import online_evaluation
@@ -52,8 +52,6 @@ from utils.images import image_grid, to_signed
 from utils.modules import frozen
 from utils.optimizer import Optimizer, adamw_settings, checkpoint_entries, restore
 from utils.run import Run
-
-logger = logging.getLogger(__name__)
 
 PREVIEW_GUIDANCE = 4.0
 CHECKPOINT_ENTRIES = ("model", "ema", "vae", "discriminator", "opt", "opt_vae", "opt_disc", "steps")
@@ -128,14 +126,15 @@ def main(argv: list[str] | None = None) -> None:
         data = ImageData(args.data_dir, resolution=args.resolution, num_classes=args.num_classes)
         loader = run.batches(data)
         nets = build_networks(args, run)
+        move_to_device(nets, run)
+        optimizers = build_optimizers(args, nets, run)
         run.require_room([nets.sit, nets.vae, nets.discriminator], copies=[nets.ema])
+    measured = nets.checkpoint is None and start_normalizer(nets, data, run)
+    nets.checkpoint = None  # frees its tensors
     evaluate = online_evaluation(args, run)
     run.open_folder()
-    move_to_device(nets, run)
-    if nets.checkpoint is None:
-        start_normalizer(nets, data, run)
-    optimizers = build_optimizers(args, nets, run)
-    nets.checkpoint = None  # frees its tensors
+    if measured and run.is_main:
+        save_latent_stats(run.folder / "latents-stats.pt", *nets.latent_stats)
     nets.vae_ddp, nets.sit_ddp = run.wrap(nets.vae.train()), run.wrap(nets.sit.train())
     nets.discriminator_ddp = run.wrap(nets.discriminator.train())
     if args.compile:
@@ -178,6 +177,8 @@ def build_networks(args, run: Run) -> SimpleNamespace:
         nets.latent_stats = latent_statistics(args.vae_ckpt, vae)
     else:
         vae, nets.discriminator = vae_of_checkpoint(checkpoint, run.resume_from), load_discriminator(None)
+    if args.resolution < SMALLEST_IMAGE:
+        raise InputError(f"--resolution: {args.resolution} was given; the discriminator needs {SMALLEST_IMAGE} or more")
     factor = downsampling(vae)
     if args.resolution % factor:
         raise InputError(f"--resolution: {args.resolution} was given; a multiple of {factor} is needed by this VAE")
@@ -190,6 +191,7 @@ def build_networks(args, run: Run) -> SimpleNamespace:
         class_dropout_prob=args.cfg_prob, z_dims=[encoder.embed_dim for encoder in nets.encoders],
         qk_norm=args.qk_norm, fused_attn=args.fused_attn, bn_momentum=args.bn_momentum, learn_pos_embed=True,
     )  # fmt: skip
+    run.notes += resizing_notes(nets.encoders, nets.sit.grid)
     nets.ema = copy.deepcopy(nets.sit).eval().requires_grad_(False)
     if checkpoint is not None:
         load_networks(nets, checkpoint, str(run.resume_from))
@@ -212,19 +214,26 @@ def move_to_device(nets: SimpleNamespace, run: Run) -> None:
         nets.vae_loss.lpips.to(run.device)
 
 
-def start_normalizer(nets: SimpleNamespace, data: ImageData, run: Run) -> None:
-    """SiT's normaliser starts from the latent statistics stored with the VAE, else from those of the data set."""
-    if nets.latent_stats is None:
-        logger.info("the VAE carries no latent statistics: measuring them on the data set")
+def start_normalizer(nets: SimpleNamespace, data: ImageData, run: Run) -> bool:
+    """SiT's normaliser starts from the latent statistics stored with the VAE, else from those of the data set.
+
+    Returns:
+        whether they were measured, because the VAE carries none.
+    """
+    measured = nets.latent_stats is None
+    if measured:
+        run.notes.append("the VAE carries no latent statistics: they were measured on the data set")
         nets.latent_stats = measure_latent_statistics(
             nets.vae.vae, data, device=run.device, rank=run.rank, world_size=run.world_size
         )
-        if run.is_main:
-            scale, bias = nets.latent_stats
-            with atomic_write(run.folder / "latents-stats.pt") as temporary:
-                torch.save({"latents_scale": scale, "latents_bias": bias}, temporary)
     for sit in (nets.sit, nets.ema):
         sit.set_latent_stats(*nets.latent_stats)
+    return measured
+
+
+def save_latent_stats(path: Path, scale: torch.Tensor, bias: torch.Tensor) -> None:
+    with atomic_write(path) as temporary:
+        torch.save({"latents_scale": scale, "latents_bias": bias}, temporary)
 
 
 def build_optimizers(args, nets: SimpleNamespace, run: Run) -> SimpleNamespace:

@@ -24,7 +24,7 @@ from loss.adversarial import DiscriminatorLoss
 from loss.config import read_loss_config
 from loss.perceptual import load_lpips
 from loss.vae import VAELoss
-from models.discriminator import load_discriminator
+from models.discriminator import SMALLEST_IMAGE, load_discriminator
 from models.generation import reconstruction_pairs
 from models.vae import TrainableVAE, build_vae, downsampling, load_vae, measure_latent_statistics, vae_config
 from models.vae_files import require_new_vae_files, save_vae_files, vae_of_checkpoint
@@ -81,15 +81,15 @@ def main(argv: list[str] | None = None) -> None:
         data = ImageData(args.data_dir, resolution=args.resolution)
         loader = run.batches(data)
         nets = build_networks(args, run)
+        for module in (nets.vae, nets.discriminator, nets.discriminator_loss, nets.vae_loss.lpips):
+            if module is not None:
+                module.to(run.device)
+        optimizers = build_optimizers(args, nets, run)
         run.require_room([nets.vae, nets.discriminator], copies=[])
         if not (args.overwrite or run.goes_on):
             require_new_vae_files(args.output_dir, args.exp_name, "--exp-name")
-    run.open_folder()
-    for module in (nets.vae, nets.discriminator, nets.discriminator_loss, nets.vae_loss.lpips):
-        if module is not None:
-            module.to(run.device)
-    optimizers = build_optimizers(args, nets, run)
     nets.checkpoint = None  # frees its tensors
+    run.open_folder()
     nets.vae_ddp, nets.discriminator_ddp = run.wrap(nets.vae.train()), run.wrap(nets.discriminator.train())
     if args.compile:
         nets.vae_ddp.compile()
@@ -128,6 +128,8 @@ def build_networks(args, run: Run) -> SimpleNamespace:
             raise InputError("--vae auto takes the architecture from --vae-ckpt; from scratch, name one")
         vae = load_vae(args.vae, args.vae_ckpt) if args.vae_ckpt else build_vae(args.vae)
         nets.discriminator = load_discriminator(args.disc_pretrained_ckpt)
+    if args.resolution < SMALLEST_IMAGE:
+        raise InputError(f"--resolution: {args.resolution} was given; the discriminator needs {SMALLEST_IMAGE} or more")
     factor = downsampling(vae)
     if args.resolution % factor:
         raise InputError(f"--resolution: {args.resolution} was given; a multiple of {factor} is needed by this VAE")

@@ -165,6 +165,15 @@ def add_vae_loss_flags(parser) -> None:
     loss.add_argument("--disc-learning-rate", type=natural_float, default=1e-4, help="of the discriminator's AdamW")
 
 
+def add_feature_flags(parser, *, more: str = "") -> None:
+    """The space in which sets of images are compared."""
+    space = parser.add_argument_group("feature space")
+    space.add_argument("--features", default="inception", help="inception (FID), dinov2-vit-l (FD-DINOv2), any other "
+                       f"--enc-type (FD of its mean token){more}")  # fmt: skip
+    space.add_argument("--inception-weights", help="torch-fidelity's weights file (default: downloaded once)")
+    space.add_argument("--enc-ckpt", help="weights file of another --features network")
+
+
 def repae_parser() -> ArgumentParser:
     parser = ArgumentParser(description="REPA-E: train SiT and its VAE together (arXiv 2504.10483).")
     add_run_flags(parser)
@@ -214,7 +223,8 @@ def generate_parser() -> ArgumentParser:
     parser.add_argument("--vae-ckpt", help="VAE, where neither the checkpoint nor args.json lead to one")
     parser.add_argument("--sample-dir", default="samples", help="where the samples go")
     parser.add_argument("--num-fid-samples", type=positive_int, default=50000, help="how many samples")
-    parser.add_argument("--pproc-batch-size", type=positive_int, default=256, help="samples at a time per process")
+    parser.add_argument("--pproc-batch-size", type=positive_int, default=256,
+                        help="samples at a time per process; a short last batch is filled up")  # fmt: skip
     parser.add_argument("--global-seed", type=natural_int, default=0, help="sample i depends on (this, i) alone")
     parser.add_argument("--mode", default="ode", choices=["ode", "sde"], help="Euler or Heun; or Euler-Maruyama")
     on_off(parser, "--heun", False, "second-order steps (ode only)")
@@ -228,14 +238,17 @@ def generate_parser() -> ArgumentParser:
     parser.add_argument("--num-classes", type=positive_int, help="classes to draw from (default: the model's)")
     parser.add_argument("--classes", help="only these classes, between commas")
     parser.add_argument("--label-file", help=".npy or text file with the label of each sample")
-    parser.add_argument("--precision", choices=["fp32", "tf32", "bf16", "fp16"], help="of SiT (default: see --tf32)")
+    parser.add_argument("--precision", choices=["fp32", "tf32", "bf16", "fp16"], help="of SiT; bf16 and fp16: autocast "
+                        "(default: tf32, or fp32 under --no-tf32)")  # fmt: skip
     parser.add_argument("--grid", type=grid_shape, default=(8, 8), metavar="RxC", help="shape of the contact sheet")
     on_off(parser, "--ema", True, "the moving average of SiT's weights")
     on_off(parser, "--compile", False, "torch.compile SiT")
     on_off(parser, "--trajectory", False, "also a picture of 8 samples on their way from noise")
     on_off(parser, "--save-png", False, "also write every sample as PNG")
-    on_off(parser, "--overwrite", False, "replace an existing .npz of this name")
-    on_off(parser, "--tf32", True, "TF32 products on CUDA")
+    on_off(parser, "--overwrite", False, "replace an existing result or interrupted job of this name")
+    on_off(parser, "--tf32", True, "TF32 products in float32 code on CUDA")
+    parser.add_argument("--evaluate", metavar="REFERENCE", help="also measure the samples, as evaluate.py --reference")
+    add_feature_flags(parser)
     return parser
 
 
@@ -284,11 +297,7 @@ def evaluate_parser() -> ArgumentParser:
     samples.add_argument("--reference", help="ADM reference .npz, a --save-stats file, any .npz, or a folder of images")
     samples.add_argument("--save-stats", metavar="FILE", help="write the statistics of --reference to this .npz, once")
     on_off(samples, "--overwrite", False, "replace an existing --save-stats file")
-    space = parser.add_argument_group("feature space")
-    space.add_argument("--features", default="inception", help="inception (FID), dinov2-vit-l (FD-DINOv2), any other "
-                       "--enc-type (FD of its mean token), or none (with --reconstruct)")  # fmt: skip
-    space.add_argument("--inception-weights", help="torch-fidelity's weights file (default: downloaded once)")
-    space.add_argument("--enc-ckpt", help="weights file of another --features network")
+    add_feature_flags(parser, more=", or none (with --reconstruct)")
     vae = parser.add_argument_group("reconstruction")
     on_off(vae, "--reconstruct", False, "evaluate a VAE: rFID, PSNR, SSIM, LPIPS, and a picture")
     vae.add_argument("--vae-ckpt", nargs="+", metavar="VAE", help="one VAE, or two to compare (before, after)")

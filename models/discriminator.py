@@ -8,7 +8,9 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from utils.checkpoint import load_strictly, read_torch_file
-from utils.errors import about
+from utils.errors import InputError, about
+
+SMALLEST_IMAGE = 24  # side of the images that still give one logit
 
 
 class PatchDiscriminator(nn.Module):
@@ -54,5 +56,8 @@ def load_discriminator(path: str | Path | None) -> PatchDiscriminator:
     discriminator = PatchDiscriminator()
     if path is not None:
         with about("--disc-pretrained-ckpt"):
+            if not Path(path).is_file():
+                raise InputError(f"{path} does not exist; `hf download REPA-E/sdvae` has a public one, and without the "
+                                 "flag it starts fresh")  # fmt: skip
             load_strictly(discriminator, read_torch_file(path), str(path))
     return discriminator

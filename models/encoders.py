@@ -119,6 +119,15 @@ def resize_tokens(tokens: Tensor, grid: int) -> Tensor:
     return F.interpolate(planes, size=grid, mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
 
 
+def resizing_notes(encoders: list[Encoder], grid: int) -> list[str]:
+    """For the log of a run: whose tokens are resampled to SiT's grid."""
+    return [
+        f"encoder {encoder.name}: its {encoder.grid} x {encoder.grid} tokens are resized to SiT's {grid} x {grid}"
+        for encoder in encoders
+        if encoder.grid != grid
+    ]
+
+
 # What --enc-type and --enc-ckpt say
 
 

@@ -66,13 +66,14 @@ class Optimizer:
         for index, (name, parameter) in enumerate(zip(self.names, self.parameters, strict=True)):
             entry = saved["state"].get(index_of.get(name))
             if entry is None:
-                continue  # a parameter that never had a gradient
+                # None has moments before the first step; a frozen parameter, such as LDM-only's pos_embed, never has.
+                if saved["state"] and parameter.requires_grad:
+                    raise InputError(f"{what} lacks the moments of {name}")
+                continue
             if entry["exp_avg"].numel() != parameter.numel():
                 raise InputError(f"{what}: the moments of {name} have shape {tuple(entry['exp_avg'].shape)}; "
                                  f"the network's parameter has {tuple(parameter.shape)}")  # fmt: skip
             entries[index] = _reshaped(entry, parameter.shape)
-        if not entries and saved["state"]:
-            raise InputError(f"{what}: none of its {len(saved['state'])} states belongs to a parameter of this network")
         # Hyperparameters are those of this run, not of the checkpoint: a resumed run may lower its learning rate.
         self.adamw.load_state_dict({"state": entries, "param_groups": self.adamw.state_dict()["param_groups"]})
 
@@ -103,11 +104,11 @@ def checkpoint_entries(optimizers: dict[str, Optimizer], shapes: dict[str, dict[
 def restore(optimizers: dict[str, Optimizer], checkpoint: dict, path: str) -> None:
     """Load the optimisers' states of a checkpoint, ours (by name) or public (by the known order)."""
     for key, optimizer in optimizers.items():
-        if "param_names" in checkpoint:
-            names = checkpoint["param_names"][key]
-        else:
-            # Public order: SiT's own, LDM's for the VAE, and the loss module's, whose first parameter is `logvar`.
-            names = ["logvar", *optimizer.names] if key == "opt_disc" else optimizer.names
+        # Public order: SiT's own, LDM's for the VAE, and the loss module's, whose first parameter is `logvar`.
+        public_names = ["logvar", *optimizer.names] if key == "opt_disc" else optimizer.names
+        names = checkpoint.get("param_names", {}).get(key, public_names)
+        if not isinstance(checkpoint[key].get("state"), dict):
+            raise InputError(f"{path}: {key} is no optimiser's state dict")
         optimizer.load_state_dict(checkpoint[key], names, f"{path}: {key}")
         if (scaler := checkpoint.get("scalers", {}).get(key)) and optimizer.scaler.is_enabled():
             optimizer.scaler.load_state_dict(scaler)

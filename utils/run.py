@@ -30,7 +30,7 @@ from utils.trackers import open_trackers
 logger = logging.getLogger(__name__)
 
 # What a run puts into its folder; `--overwrite` removes these and nothing else.
-RUN_FILES = ("args.json", "checkpoints", "samples", "metrics.jsonl", "evaluations.jsonl", "log.txt")
+RUN_FILES = ("args.json", "checkpoints", "samples", "metrics.jsonl", "evaluations.jsonl", "log.txt", "latents-stats.pt")
 PROGRESS_LOSSES = ("sit_loss", "vae_loss", "proj_loss", "reconstruction_loss")
 
 
@@ -79,7 +79,8 @@ class Run:
             if args.batch_size % self.world_size:
                 raise InputError(f"--batch-size: {args.batch_size} images do not divide by {self.world_size} processes")
             self.start_step, self.resume_from = self._resume_point()
-            self.goes_on = self.resume_from is not None and self.resume_from.parent.parent == self.folder
+            source = self.resume_from and self.resume_from.parent.parent
+            self.goes_on = source is not None and source.resolve() == self.folder.resolve()
             if not self.goes_on:
                 self._check_folder_is_free()
 
@@ -188,6 +189,9 @@ class Run:
 
     def _check_folder_is_free(self) -> None:
         args, folder = self.args, self.folder
+        parent = next(path for path in folder.absolute().parents if path.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise InputError(f"--output-dir: {parent} is no folder that can be written")
         restarting = args.resume == "latest"  # an earlier job may have died before its first checkpoint
         if folder.exists() and not folder.is_dir():
             raise InputError(f"--exp-name: {folder} is a file")
@@ -213,8 +217,10 @@ class Run:
                     path = self.folder / name
                     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-            if self.goes_on:
+            if self.goes_on and (self.folder / "args.json").is_file():
                 self._note_changes(json.loads((self.folder / "args.json").read_text()))
+            for unfinished in (self.folder / "checkpoints").glob("*.tmp-*"):  # of a job that was killed
+                unfinished.unlink()
             write_json(self.folder / "args.json", vars(args))
             self._forget_metrics_after(self.start_step)
             self._open_log()
@@ -245,8 +251,9 @@ class Run:
     def _forget_metrics_after(self, step: int) -> None:
         """A run that goes on from an earlier step writes the rows after it again."""
         for path in filter(Path.is_file, (self.folder / "metrics.jsonl", self.folder / "evaluations.jsonl")):
-            rows = [line for line in path.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= step]
-            path.write_text("".join(rows))
+            lines = path.read_text().splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n")]  # a killed job may leave a part of one
+            path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
 
     # ------------------------------------------------------------------ what it reports
 

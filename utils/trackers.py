@@ -28,9 +28,9 @@ def open_trackers(args: Namespace, folder: Path) -> list:
 
         reason = _why_offline()
         if reason:
-            os.environ["WANDB_MODE"] = "offline"
             logger.warning("wandb: %s; it runs offline and writes to %s (later: `wandb sync`)", reason, logging_dir)
-        tracker = WandBTracker("REPA-E", name=args.exp_name, dir=str(logging_dir))
+        mode = "offline" if reason else None  # None: as WANDB_MODE and wandb's own settings say
+        tracker = WandBTracker("REPA-E", name=args.exp_name, dir=str(logging_dir), mode=mode)
     tracker.start()
     config = {
         key: value if isinstance(value, str | int | float | bool) else str(value) for key, value in vars(args).items()
@@ -40,18 +40,21 @@ def open_trackers(args: Namespace, folder: Path) -> list:
 
 
 def _why_offline() -> str | None:
-    """Why wandb cannot report online: no key, or no connection within ten seconds. None: it can, or the user chose."""
+    """Why wandb cannot report online: no connection within ten seconds, or no key. None: it can, or the user chose."""
     if os.environ.get("WANDB_MODE"):
         return None
     import wandb
 
-    if not wandb.api.api_key:
-        return "there is no key (`wandb login`, or WANDB_API_KEY)"
-    host = urlparse(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
-    return None if _reachable(host) else f"{host} was not reached within {PROBE_SECONDS:.0f} s"
+    server = urlparse(wandb.setup().settings.base_url)
+    if not _reachable(server.hostname, server.port or (80 if server.scheme == "http" else 443)):
+        return f"{server.hostname} was not reached within {PROBE_SECONDS:.0f} s"
+    try:
+        return None if wandb.login(prompt=False) else "there is no key (`wandb login`, or WANDB_API_KEY)"
+    except wandb.Error as error:
+        return " ".join(str(error).split())
 
 
-def _reachable(host: str, port: int = 443) -> bool:
+def _reachable(host: str, port: int) -> bool:
     reached = threading.Event()
 
     def connect():  # in a thread: a name look-up has no time limit of its own

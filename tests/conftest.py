@@ -1,0 +1,34 @@
+"""One thread, so that bits do not depend on the machine and tests do not crowd each other; and small inputs."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start; before torch reads it
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """Inputs of all training scripts, made once: see `tests.small.write_place`. Tests leave them as they are."""
+    import cache_latents
+    from tests import small
+
+    place = small.write_place(tmp_path_factory.mktemp("place"))
+    cache_latents.main(small.cache_options(place, place.latents))
+    return place
+
+
+@pytest.fixture(autouse=True)
+def no_logging_left():
+    """A script's handlers on the root logger end with the test, also where the script did not reach its end."""
+    import logging
+
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    for handler in [handler for handler in root.handlers if handler not in handlers]:
+        root.removeHandler(handler)
+    root.setLevel(level)
