@@ -83,9 +83,8 @@ def euler_maruyama(velocity: Velocity, noise: Tensor, labels: Tensor, *, num_ste
     for i, (t, t_next) in enumerate(_steps(sde_times(num_steps))):
         v = guided(x, t, t)
         diffusion = 2 * t
-        drift = v - 0.5 * diffusion * score_from_velocity(
-            v, x, torch.tensor(t, dtype=x.dtype, device=x.device), path_type
-        )
+        t_like_x = torch.full((), t, dtype=x.dtype, device=x.device)  # made there: a copy would wait for the device
+        drift = v - 0.5 * diffusion * score_from_velocity(v, x, t_like_x, path_type)
         x = x + (t_next - t) * drift
         if t_next > 0:
             x = x + (diffusion * (t - t_next)) ** 0.5 * step_noise(i).double()

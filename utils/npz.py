@@ -1,0 +1,147 @@
+"""`.npz` files too large for memory: read in place, written as a stream, never unpickled.
+
+An `.npz` is a zip of `.npy` members. `numpy.savez` stores them uncompressed, so that a member can be mapped straight
+out of the archive; a compressed member is read as a stream instead. The format of ADM's evaluation suite is one member,
+`arr_0`: uint8 (N, H, W, 3).
+"""
+
+import mmap
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from utils.errors import InputError
+from utils.files import atomic_write
+
+BLOCK_BYTES = 16 << 20
+_BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError, ValueError)
+
+
+class CompressedArray:
+    """A compressed member of an `.npz`: contiguous slices of the first axis, decompressed on demand.
+
+    Slices in ascending order cost one pass over the member; going back starts it again.
+    """
+
+    def __init__(self, archive: zipfile.ZipFile, info: zipfile.ZipInfo, start: int, shape: tuple, dtype: np.dtype):
+        self.shape, self.dtype, self.ndim = shape, dtype, len(shape)
+        self._path, self._start = archive.filename, start
+        self._row_bytes = dtype.itemsize * int(np.prod(shape[1:], dtype=np.int64))
+        self._stream = archive.open(info)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        first, last, stride = rows.indices(len(self))
+        assert stride == 1, "a compressed member gives contiguous slices only"
+        count = max(last - first, 0)
+        try:
+            self._stream.seek(self._start + first * self._row_bytes)
+            data = bytearray(self._stream.read(count * self._row_bytes))
+        except _BROKEN as error:
+            raise InputError(f"{self._path}: a compressed array cannot be read ({error})") from error
+        if len(data) != count * self._row_bytes:
+            raise InputError(f"{self._path}: truncated, rows {first} to {last} are missing")
+        return np.frombuffer(data, self.dtype).reshape(count, *self.shape[1:])
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return np.asarray(self[:], dtype=dtype)
+
+
+def open_npz(path: str | Path) -> dict[str, np.ndarray | CompressedArray]:
+    """The arrays of an `.npz`, without reading their data.
+
+    Args:
+        path: an `.npz` file.
+    Returns:
+        name -> array. Uncompressed members are read-only memory maps; compressed ones are `CompressedArray`s (both have
+        shape, dtype, len() and contiguous slices); compressed scalars and Fortran-ordered ones are plain arrays.
+    Raises:
+        InputError: the file is missing, no zip, truncated, or holds pickled objects (never loaded: a pickle can run
+            any code).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        archive = zipfile.ZipFile(path)
+    except _BROKEN as error:
+        raise InputError(f"{path}: not an .npz file, or a truncated one ({error})") from error
+    arrays = {info.filename.removesuffix(".npy"): _member(archive, info) for info in archive.infolist()}
+    if not arrays:
+        raise InputError(f"{path}: an .npz without arrays")
+    return arrays
+
+
+def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray | CompressedArray:
+    where = f"{archive.filename}: member {info.filename!r}"
+    try:
+        with archive.open(info) as stream:
+            version = np.lib.format.read_magic(stream)
+            read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+            shape, fortran, dtype = read_header[version](stream)
+            start = stream.tell()
+    except (*_BROKEN, KeyError) as error:
+        raise InputError(f"{where} is not a readable .npy array ({error})") from error
+    if dtype.hasobject:
+        raise InputError(f"{where} holds pickled objects, which are never loaded; plain numeric arrays are needed")
+    if info.file_size != start + dtype.itemsize * int(np.prod(shape, dtype=np.int64)):
+        raise InputError(f"{where} has {info.file_size - start} bytes, which does not fit {dtype} {shape}")
+    if info.compress_type == zipfile.ZIP_STORED and 0 not in shape:
+        return _mapped(archive, info, start, shape, "F" if fortran else "C", dtype)
+    if fortran or not shape or 0 in shape:
+        with archive.open(info) as stream:
+            return np.lib.format.read_array(stream, allow_pickle=False)
+    return CompressedArray(archive, info, start, shape, dtype)
+
+
+def _mapped(archive, info, start, shape, order, dtype) -> np.memmap:
+    # The member's data follow its local header: 30 bytes, then a name and an extra field of the lengths given there
+    # (the central directory may hold another extra field).
+    with Path(archive.filename).open("rb") as file:
+        file.seek(info.header_offset)
+        header = file.read(30)
+    name, extra = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
+    offset = info.header_offset + 30 + name + extra + start
+    return np.memmap(archive.filename, dtype, "r", offset, shape, order)
+
+
+def write_npz(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write an uncompressed `.npz` block by block; equal arrays give equal bytes (no time stamp).
+
+    Args:
+        path: gets its name when the file is whole.
+        arrays: name -> array; memory maps are copied without becoming resident.
+    """
+    with atomic_write(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+        for name, array in arrays.items():
+            array = np.asanyarray(array)
+            assert not array.dtype.hasobject, f"{name}: object arrays would be pickled"
+            array = array if array.ndim and array.flags.c_contiguous else np.array(array, order="C")
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+                header = np.lib.format.header_data_from_array_1_0(array)
+                np.lib.format.write_array_header_1_0(member, header)
+                for rows in row_blocks(array):
+                    member.write(rows.tobytes())
+
+
+def row_blocks(array: np.ndarray, block_bytes: int = BLOCK_BYTES):
+    """Yield the array in contiguous blocks of rows of about `block_bytes`; a memory map's pages are released."""
+    if array.ndim == 0:
+        yield array
+        return
+    step = max(1, block_bytes // max(1, array.nbytes // max(1, len(array))))
+    for first in range(0, len(array), step):
+        yield array[first : first + step]
+        release(array)
+
+
+def release(array: np.ndarray) -> None:
+    """Let go of a memory map's resident pages (the file keeps them): a scan of a large file stays small in memory."""
+    # Private maps (mode "c") would lose their changes; shared ones hand dirty pages to the page cache.
+    if isinstance(array, np.memmap) and array.mode != "c" and hasattr(mmap, "MADV_DONTNEED"):
+        array._mmap.madvise(mmap.MADV_DONTNEED)

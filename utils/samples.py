@@ -1,0 +1,158 @@
+"""Finished samples on disk while a sampling job runs: it may be killed, and a restart draws only what is missing."""
+
+import glob
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from utils.errors import InputError
+from utils.files import require_disk, sync, write_json
+from utils.npz import write_npz
+
+FLAG = "--sample-dir"
+
+
+class SampleStore:
+    """Images of a job beside its future `.npz`, with a mark for every batch that is finished.
+
+    `<stem>.partial.npy` is the memory-mapped array of all images, `<stem>.partial.done` holds a byte for each batch,
+    and `<stem>.partial.json` says what the images depend on. Every process writes its own batches into the same files
+    (not through the map: on a network file system two machines that write different bytes of one page would undo each
+    other, and a full disk would kill the process).
+
+    Args:
+        target: the final `.npz`.
+        count: number of images.
+        resolution: their side.
+        batch_size: images of a batch; batch k holds the samples from k * batch_size on.
+    """
+
+    def __init__(self, target: Path, *, count: int, resolution: int, batch_size: int):
+        self.target, self.count, self.batch_size = target, count, batch_size
+        self.shape = (count, resolution, resolution, 3)
+        self.num_batches = -(-count // batch_size)
+        self.images_file, self.done_file, self.job_file = self.partial_files = [
+            target.with_name(f"{target.stem}.partial.{kind}") for kind in ("npy", "done", "json")
+        ]
+
+    def check(self, job: dict, *, overwrite: bool, others: Sequence[Path] = (), extra_bytes: int = 0) -> None:
+        """Find out whether the job may start or go on; nothing is written.
+
+        Args:
+            job: everything that the images depend on, as JSON values.
+            overwrite: an existing result, or a partial job of other options, may be replaced.
+            others: what else the job would write and must not be there, unless it is the job's own of an earlier try.
+            extra_bytes: needed on disk for them.
+
+        Raises:
+            InputError: a result or a partial job of other options is there, the disk is too small or not writable.
+        """
+        if self.target.exists() and not overwrite:
+            raise InputError(f"{FLAG}: {self.target} exists already; --overwrite replaces it")
+        goes_on = self._is_partial(job)
+        if not (goes_on or overwrite):
+            if self.job_file.exists():
+                raise InputError(f"{FLAG}: {self.job_file} is of an interrupted job that this one cannot go on with "
+                                 f"({_differences(self._read_job(), job)}); --overwrite discards it")  # fmt: skip
+            for path in filter(Path.exists, others):
+                raise InputError(f"{FLAG}: {path} exists already; --overwrite writes into it")
+        parent = next(path for path in self.target.absolute().parents if path.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise InputError(f"{FLAG}: {parent} is no folder that can be written")
+        # The partial array (a sparse file: its blocks come as they are written), and then the .npz beside it.
+        there = self.images_file.stat().st_blocks * 512 if goes_on else 0
+        needed = 2 * int(np.prod(self.shape, dtype=np.int64)) + extra_bytes - there
+        require_disk(self.target, needed, f"{FLAG}: the samples")
+
+    def create(self, job: dict) -> None:
+        """Take up the partial files of the same job, else replace whatever there is by new ones; on one process."""
+        for unfinished in self.target.parent.glob(f"{glob.escape(self.target.name)}.tmp-*"):  # killed in `finish`
+            unfinished.unlink()
+        if self._is_partial(job):
+            return
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        self.discard()
+        np.lib.format.open_memmap(self.images_file, mode="w+", dtype=np.uint8, shape=self.shape)
+        self.done_file.write_bytes(bytes(self.num_batches))
+        for file in (self.images_file, self.done_file):
+            sync(file)
+        write_json(self.job_file, job)  # last: only with it do the files count
+
+    def missing(self) -> list[int]:
+        """Batches that are not finished."""
+        return [batch for batch, done in enumerate(self.done_file.read_bytes()) if not done]
+
+    def indices(self, batch: int) -> range:
+        """Sample numbers of a batch; the last one may be short."""
+        return range(batch * self.batch_size, min((batch + 1) * self.batch_size, self.count))
+
+    def padded_indices(self, batch: int) -> range:
+        """As `indices`, but always `batch_size` of them, so that every batch is drawn in the same shape."""
+        return range(batch * self.batch_size, (batch + 1) * self.batch_size)
+
+    def read(self, batch: int) -> np.ndarray:
+        """The images of a finished batch, uint8 (B, H, W, 3)."""
+        indices, images = self.indices(batch), self.images()
+        return np.array(images[indices.start : indices.stop])
+
+    def images(self) -> np.memmap:
+        """All images as they are on disk now, uint8 (N, H, W, 3)."""
+        return np.load(self.images_file, mmap_mode="r")
+
+    def write(self, batch: int, images: np.ndarray) -> None:
+        """Put the images of a batch, uint8 (B, H, W, 3), without those that fill it up; finished once on disk."""
+        indices = self.indices(batch)
+        images = np.ascontiguousarray(images[: len(indices)])
+        expected = (len(indices), *self.shape[1:])
+        assert images.dtype == np.uint8 and images.shape == expected, (images.dtype, images.shape, expected)
+        _write_at(self.images_file, self.images().offset + indices.start * images[0].nbytes, images.data)
+        _write_at(self.done_file, batch, b"\1")
+
+    def finish(self, labels: np.ndarray) -> None:
+        """Write the `.npz` (arr_0 images, arr_1 labels, as guided-diffusion does) and remove the partial files."""
+        assert not self.missing(), "not every batch is finished"
+        write_npz(self.target, {"arr_0": self.images(), "arr_1": labels})
+        self.discard()
+
+    def discard(self) -> None:
+        for file in reversed(self.partial_files):  # the job's description first: the rest is nothing without it
+            file.unlink(missing_ok=True)
+
+    def _is_partial(self, job: dict) -> bool:
+        """Whether whole partial files of this very job are there."""
+        if not all(file.is_file() for file in self.partial_files) or self._read_job() != job:
+            return False
+        try:
+            return self.images().shape == self.shape and self.done_file.stat().st_size == self.num_batches
+        except ValueError:  # truncated
+            return False
+
+    def _read_job(self) -> dict:
+        try:
+            return json.loads(self.job_file.read_text())
+        except ValueError:
+            return {}
+
+
+def _differences(earlier: dict, job: dict) -> str:
+    """What two descriptions differ in, as `name: earlier, now`; nested descriptions by their own entries."""
+    found = []
+    for key in sorted(earlier.keys() | job.keys()):
+        before, now = earlier.get(key), job.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            found += [_differences(before, now)] if before != now else []
+        elif before != now:
+            found.append(f"{key}: {before}, now {now}")
+    return "; ".join(found) or "its files are damaged"
+
+
+def _write_at(path: Path, offset: int, data) -> None:
+    """Overwrite a part of a file, and bring it to the disk."""
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
