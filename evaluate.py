@@ -1,0 +1,206 @@
+"""Measure samples against a reference, or a VAE's reconstructions against their originals.
+
+    python evaluate.py --samples samples/run_0400000_cfg1.0.npz --reference VIRTUAL_imagenet256_labeled.npz
+    python evaluate.py --reference data --save-stats data/reference.npz
+    python evaluate.py --reconstruct --vae-ckpt pretrained/sdvae/sdvae.pt exps/e2e-vae/e2e-vae.pt --data-dir data
+
+The first gives FID, sFID, Inception Score, precision and recall as ADM's suite defines them (docs/evaluation.md).
+Several processes: `torchrun --nproc_per_node=8 evaluate.py ...`; the numbers are the same.
+"""
+
+from configs.arguments import evaluate_parser
+
+if __name__ == "__main__":  # --help and a mistyped flag answer before the heavy imports
+    evaluate_parser().parse_args()
+
+import argparse
+import logging
+import re
+import time
+from pathlib import Path
+
+import torch
+
+from loss.perceptual import load_lpips
+from models.evaluation import compare, extract
+from models.features import load_features
+from models.reconstruction import check_size, comparison_picture, measure_reconstruction
+from models.reference import read_reference, save_reference
+from models.vae import load_vae
+from utils.distributed import main_first, rank, world_size
+from utils.errors import InputError, about, command
+from utils.files import write_json
+from utils.image_sources import Source, Subset, open_images, require_size, spread
+from utils.images import save_png
+from utils.npz import open_npz
+from utils.run import start_processes
+
+logger = logging.getLogger(__name__)
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    args = evaluate_parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("timm").setLevel(logging.WARNING)
+    accelerator = start_processes()
+    try:
+        with main_first():
+            check_flags(args)
+        if args.reconstruct:
+            evaluate_reconstruction(args, accelerator.device)
+        else:
+            evaluate_samples(args, accelerator.device)
+    finally:
+        accelerator.end_training()
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse what cannot be meant, before anything is read."""
+    for flag, given, fits in (
+        ("--inception-weights", args.inception_weights, args.features == "inception"),
+        ("--enc-ckpt", args.enc_ckpt, args.features not in ("inception", "none")),
+    ):
+        if given and not fits:
+            raise InputError(f"{flag}: {given} was given, but --features {args.features} does not read it")
+    if args.reconstruct:
+        if not args.vae_ckpt or len(args.vae_ckpt) > 2:
+            raise InputError(f"--vae-ckpt: {len(args.vae_ckpt or [])} VAEs were given; --reconstruct needs one or two")
+        if len(args.vae) not in (1, len(args.vae_ckpt)):
+            raise InputError(f"--vae: {len(args.vae)} names were given; one, or one for each --vae-ckpt, is needed")
+        return
+    if not args.reference or not (args.samples or args.save_stats):
+        raise InputError("--reference is needed, with --samples or --save-stats; or --reconstruct with --vae-ckpt")
+    if args.features == "none":
+        raise InputError("--features: 'none' was given; samples need a feature space")
+    if args.save_stats and Path(args.save_stats).exists() and not args.overwrite:
+        raise InputError(f"--save-stats: {args.save_stats} exists already; give another name or --overwrite")
+
+
+# Samples
+
+
+def evaluate_samples(args: argparse.Namespace, device: torch.device) -> None:
+    start = time.perf_counter()
+    with main_first():
+        samples, size = open_samples(args)
+        network = load_network(args, size).to(device)
+    with about("--reference"):
+        reference = read_reference(args.reference, network, size, device, batch_size=args.batch_size)
+    if args.save_stats and rank() == 0:
+        save_reference(args.save_stats, reference, network, size, device, source=args.reference)
+        print(f"the statistics of {args.reference} are in {args.save_stats}")
+    if samples is None:
+        return
+    found = extract(samples, network, device, batch_size=args.batch_size, description="samples")
+    results = compare(found, reference, network, device)
+    if rank() == 0:
+        output = Path(args.output or beside(args.samples, f"vs-{Path(args.reference).stem}-{network.label}"))
+        about_run = {
+            "samples": args.samples, "count": found.count, "size": list(size), "reference": args.reference,
+            "reference_count": reference.count, "features": network.label, "batch_size": args.batch_size,
+        }  # fmt: skip
+        report({args.samples: results}, about_run, output, start)
+
+
+def open_samples(args: argparse.Namespace) -> tuple[Source | None, tuple[int, int]]:
+    """The samples (None without --samples) and the size that they and the reference must have."""
+    samples = None
+    if args.samples:
+        with about("--samples"):
+            samples = open_images(args.samples)
+    reference = Path(args.reference)
+    with about("--reference"):
+        has_images = not reference.is_file() or "arr_0" in open_npz(reference)
+        if has_images:
+            images = open_images(reference)
+            if samples is None:
+                return None, images.size
+            require_size(images, samples.size, f"{args.samples} has")
+    if samples is None:
+        raise InputError(f"--reference: {reference} has no images; --save-stats needs them")
+    return samples, samples.size
+
+
+def load_network(args: argparse.Namespace, size: tuple[int, int]) -> torch.nn.Module | None:
+    if args.features == "none":
+        return None
+    weights = args.inception_weights if args.features == "inception" else args.enc_ckpt
+    return load_features(args.features, size, weights=weights)
+
+
+# Reconstruction
+
+
+def evaluate_reconstruction(args: argparse.Namespace, device: torch.device) -> None:
+    start = time.perf_counter()
+    with main_first():
+        with about("--data-dir"):
+            source = open_images(args.data_dir)
+        if args.max_images:
+            source = Subset(source, spread(len(source), args.max_images))
+        vaes = load_vaes(args, source)
+        network = load_network(args, source.size)
+        lpips = load_lpips(args.lpips_weights) if args.lpips else None
+    for module in filter(None, (*vaes.values(), network, lpips)):
+        module.to(device)
+    results = {
+        name: measure_reconstruction(vae, source, device, batch_size=args.batch_size, network=network, lpips=lpips)
+        for name, vae in vaes.items()
+    }
+    if rank() == 0:
+        output = Path(args.output or beside(args.vae_ckpt[-1], "reconstruction"))
+        about_run = {
+            "vae_ckpt": args.vae_ckpt, "data_dir": args.data_dir, "count": len(source), "size": list(source.size),
+            "features": args.features, "batch_size": args.batch_size,
+        }  # fmt: skip
+        report(results, about_run, output, start)
+        if args.num_picture:
+            shown = Subset(source, spread(len(source), args.num_picture))
+            save_png(comparison_picture(shown.read(0, len(shown)).to(device), vaes), output.with_suffix(".png"))
+            print(f"originals, reconstructions, differences and latents are in {output.with_suffix('.png')}")
+
+
+def load_vaes(args: argparse.Namespace, source: Source) -> dict[str, torch.nn.Module]:
+    """VAEs by the name of their file, or by its path where two have one name."""
+    paths = [Path(path) for path in args.vae_ckpt]
+    names = [path.stem for path in paths]
+    names = names if len(set(names)) == len(names) else [str(path) for path in paths]
+    if len(set(names)) < len(names):
+        raise InputError(f"--vae-ckpt: {paths[0]} was given twice")
+    architectures = args.vae * len(paths) if len(args.vae) == 1 else args.vae
+    vaes = {}
+    for name, path, architecture in zip(names, paths, architectures, strict=True):
+        vaes[name] = load_vae(architecture, path).requires_grad_(False)
+        with about("--data-dir"):
+            check_size(vaes[name], source)
+    return vaes
+
+
+# Output
+
+
+def beside(path: str, what: str) -> Path:
+    """`<path without suffix>-<what>.json` next to a file or folder; here, for a name that is neither."""
+    path = Path(path)
+    folder = path.parent if path.exists() else Path()
+    stem = path.stem if path.is_file() else path.name
+    return folder / f"{stem}-{re.sub(r'[^A-Za-z0-9._-]+', '_', what)}.json"
+
+
+def report(results: dict[str, dict[str, float]], about_run: dict, output: Path, start: float) -> None:
+    """Print the numbers of each subject, and write them as JSON."""
+    seconds = time.perf_counter() - start
+    values = next(iter(results.values())) if len(results) == 1 else {"results": results}
+    write_json(
+        output, values | about_run | {"processes": world_size(), "seconds": seconds, "torch": str(torch.__version__)}
+    )
+    for subject, numbers in results.items():
+        print(f"{subject} ({about_run['count']} images)")
+        for name, value in numbers.items():
+            print(f"  {name:<32} {value:.6g}")
+    print(f"written to {output} after {seconds:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
