@@ -1,0 +1,182 @@
+"""Draw what the digits example made, and print a table of its stages: steps, seconds, losses, where things are.
+
+Reads the folder that run.sh filled; writes samples.png (samples per class beside real digits) and report.png (those and
+the curves of the three training runs).
+
+    python -m examples.digits.report --folder build/digits
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+from utils.errors import InputError, command
+
+# Stage -> (folder of its result, scalars of its last row). Stages that train have a metrics.jsonl there.
+STAGES = {
+    "images": ("images", ()),
+    "preprocessing": ("data", ()),
+    "encoder": ("encoder", ()),
+    "train_vae": ("exps/vae", ("reconstruction_loss",)),
+    "train_repae": ("exps/repae", ("reconstruction_loss", "denoising_loss", "proj_loss")),
+    "save_vae_weights": ("exps/e2e-vae", ()),
+    "cache_latents": ("data", ()),
+    "train_ldm_only": ("exps/ldm", ("denoising_loss", "proj_loss")),
+    "generate_repae": ("samples", ()),
+    "generate_ldm": ("samples", ()),
+}
+
+# Title of a panel -> its curves: (stage, scalar, sign, name in the legend).
+CURVES = {
+    "reconstruction: mean |x - x'|, x in [-1, 1]": [
+        ("train_vae", "reconstruction_loss", 1, "VAE alone"),
+        ("train_repae", "reconstruction_loss", 1, "REPA-E"),
+    ],
+    "alignment: cosine with the encoder's tokens": [
+        ("train_repae", "vae_align_loss", -1, "REPA-E, as the VAE sees it"),
+        ("train_repae", "proj_loss", -1, "REPA-E, as SiT sees it"),
+        ("train_ldm_only", "proj_loss", -1, "LDM on the tuned VAE"),
+    ],
+    "denoising: |velocity - target|²": [
+        ("train_repae", "denoising_loss", 1, "REPA-E"),
+        ("train_ldm_only", "denoising_loss", 1, "LDM on the tuned VAE"),
+    ],
+}
+
+
+def read_metrics(run: Path) -> list[dict[str, float]]:
+    """Rows of a run's metrics.jsonl, each with `step`."""
+    path = run / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    if not rows:
+        raise InputError(f"--folder: {path} is missing or empty; run.sh must run to its end first")
+    return rows
+
+
+def read_samples(folder: Path, run: str) -> tuple[Path, np.ndarray, np.ndarray]:
+    """The newest .npz of a run: its path, images uint8 (N, H, W, 3) and labels (N,)."""
+    files = sorted(folder.glob(f"{run}_*.npz"), key=lambda path: path.stat().st_mtime)
+    if not files:
+        raise InputError(f"--folder: {folder} has no {run}_*.npz; run.sh must run to its end first")
+    with np.load(files[-1]) as arrays:
+        return files[-1], arrays["arr_0"], arrays["arr_1"]
+
+
+def read_real(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 (N, H, W, 3) and labels (N,) of a data folder."""
+    try:
+        images, labels = np.load(folder / "images.npy"), np.load(folder / "labels.npy")
+    except OSError:
+        raise InputError(f"--folder: {folder} has no images.npy and labels.npy; run.sh must run first") from None
+    return images.transpose(0, 2, 3, 1), labels
+
+
+def read_seconds(folder: Path) -> dict[str, int]:
+    path = folder / "seconds.tsv"
+    if not path.is_file():
+        raise InputError(f"--folder: {folder} has no seconds.tsv; run.sh must run first")
+    return {name: int(seconds) for name, seconds in (line.split("\t") for line in path.read_text().splitlines())}
+
+
+def class_sheet(images: np.ndarray, labels: np.ndarray, columns: int = 10) -> np.ndarray:
+    """One row of up to `columns` images per digit, uint8 (10 H, columns W, 3); what is missing stays white."""
+    height, width = images.shape[1:3]
+    sheet = np.full((10 * height, columns * width, 3), 255, np.uint8)
+    for digit in range(10):
+        for column, image in enumerate(images[labels == digit][:columns]):
+            sheet[digit * height : (digit + 1) * height, column * width : (column + 1) * width] = image
+    return sheet
+
+
+def read_by_judge(real: tuple, others: list[tuple]) -> tuple[float, list[float]]:
+    """How often a support vector machine on the pixels of real digits reads an image as its class.
+
+    It shares nothing with the encoder that the models were aligned to.
+
+    Args:
+        real: images uint8 (N, H, W, 3) and labels (N,); every tenth is held out.
+        others: the same of sets of samples.
+
+    Returns:
+        Share of held-out real images, and of each other set.
+    """
+    from sklearn.svm import SVC
+
+    def features(images):
+        return images[..., 1].reshape(len(images), -1) / 255.0
+
+    images, labels = features(real[0]), real[1]
+    held_out = np.arange(len(labels)) % 10 == 0
+    judge = SVC(C=10).fit(images[~held_out], labels[~held_out])
+    return judge.score(images[held_out], labels[held_out]), [judge.score(features(x), y) for x, y in others]
+
+
+def draw(folder: Path, metrics: dict[str, list[dict]], sheets: dict[str, np.ndarray]) -> None:
+    """Write samples.png and report.png."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    def show_sheets(axes):
+        for ax, (title, sheet) in zip(axes, sheets.items(), strict=True):
+            ax.imshow(sheet)
+            ax.set_title(title, fontsize=10)
+            ax.set_axis_off()
+
+    figure = Figure(figsize=(15, 5.3), layout="constrained")
+    show_sheets(figure.subplots(1, 3))
+    FigureCanvasAgg(figure).print_png(folder / "samples.png")
+
+    figure = Figure(figsize=(15, 9), layout="constrained")
+    axes = figure.subplots(2, 3, height_ratios=(1, 1.5))
+    for ax, (title, curves) in zip(axes[0], CURVES.items(), strict=True):
+        for stage, scalar, sign, name in curves:
+            rows = metrics[stage]
+            ax.plot([row["step"] for row in rows], [sign * row[scalar] for row in rows], label=name)
+        ax.set_title(title, fontsize=10)
+        ax.set_xlabel("step")
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8)
+    axes[0][0].set_yscale("log")
+    show_sheets(axes[1])
+    FigureCanvasAgg(figure).print_png(folder / "report.png")
+
+
+def print_table(folder: Path, seconds: dict[str, int], metrics: dict[str, list[dict]]) -> None:
+    print(f"\n{'stage':<17}{'steps':>6}{'seconds':>9}  {'last row':<58}where")
+    for stage, spent in seconds.items():
+        where, scalars = STAGES[stage]
+        last = metrics[stage][-1] if stage in metrics else {}
+        losses = "  ".join(f"{name} {last[name]:.4f}" for name in scalars)
+        print(f"{stage:<17}{last.get('step', ''):>6}{spent:>9}  {losses:<58}{folder / where}")
+    print(f"{'in all':<17}{'':>6}{sum(seconds.values()):>9}\n")
+
+
+@command
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("build/digits"), help="what run.sh filled")
+    folder = parser.parse_args(argv).folder
+
+    seconds = read_seconds(folder)
+    metrics = {stage: read_metrics(folder / STAGES[stage][0]) for stage in STAGES if stage.startswith("train_")}
+    real = read_real(folder / "data")
+    repae_file, *repae = read_samples(folder / "samples", "repae")
+    ldm_file, *ldm = read_samples(folder / "samples", "ldm")
+    real_share, shares = read_by_judge(real, [repae, ldm])
+
+    titles = (f"real digits: {real_share:.0%} read as their class", f"REPA-E samples: {shares[0]:.0%}",
+              f"samples of the LDM on the tuned VAE: {shares[1]:.0%}")  # fmt: skip
+    sheets = {title: class_sheet(*images) for title, images in zip(titles, (real, repae, ldm), strict=True)}
+    draw(folder, metrics, sheets)
+    print_table(folder, seconds, metrics)
+    print("A support vector machine trained on real pixels reads as their class:\n"
+          f"  {real_share:6.1%} of held-out real digits\n"
+          f"  {shares[0]:6.1%} of the REPA-E samples            {repae_file}\n"
+          f"  {shares[1]:6.1%} of the LDM-only samples          {ldm_file}\n"
+          f"Look at {folder / 'samples.png'} and {folder / 'report.png'}.")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
