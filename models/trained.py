@@ -54,7 +54,8 @@ def load_trained(exp_path: str | Path, train_steps: str | None = None, vae_ckpt:
 def find_checkpoint(exp_path: str | Path, train_steps: str | None) -> Path:
     run_dir = Path(exp_path)
     if not run_dir.is_dir():
-        raise InputError(f"--exp-path: {run_dir} is no folder; a run's folder, with checkpoints/, is needed")
+        raise InputError(f"--exp-path: {run_dir} is no folder; a run's folder, with checkpoints/, is needed (public: "
+                         "`hf download REPA-E/sit-repae-vavae`)")  # fmt: skip
     if train_steps is not None and not train_steps.isdecimal():
         raise InputError(f"--train-steps: {train_steps!r} was given; a number of steps is needed")
     step = int(train_steps) if train_steps is not None else latest_step(run_dir)

@@ -41,14 +41,14 @@ def write_runs(folder: Path) -> Path:
     joint = {"vae": to_ldm(vae), "vae_config": vae_config(vae)}
     public = {"model": model, "ema": ema, "vae": to_ldm(vae), "discriminator": {}, "opt": {}, "opt_vae": {},
               "opt_disc": {}, "args": argparse.Namespace(**args | {"vae_ckpt": "gone.pt"}), "steps": 7}  # fmt: skip
-    plain = torch.nn.Parameter(ema["y_embedder.embedding_table.weight"][:CLASSES])
+    table = "y_embedder.embedding_table.weight"
     runs = {
         "repae": ours | joint,
         "swapped": ours | joint | {"model": ema, "ema": model},
         "public": public,
         "ldm": ours,
         "cosine": ours | {"args": args | {"path_type": "cosine"}},
-        "plain": ours | {"ema": ema | {"y_embedder.embedding_table.weight": plain.data}},
+        "plain": ours | {"ema": ema | {table: ema[table][:CLASSES].clone()}},
     }
     for name, contents in runs.items():
         (folder / name / "checkpoints").mkdir(parents=True)

@@ -157,7 +157,7 @@ CASES = [
     ("train_repae", dict(exp_name="no-optimizer", resume="1"), "opt is no optimiser's state dict"),
     ("train_repae", dict(exp_name="new-format", resume="1"), "format 99"),
     # sampling
-    ("generate", dict(exp_path="{bad}/exps/none"), "--exp-path: {bad}/exps/none"),
+    ("generate", dict(exp_path="{bad}/exps/none"), "--exp-path: {bad}/exps/none is no folder", "hf download"),
     ("generate", dict(train_steps="7"), "--train-steps", "0000007.pt does not exist", "there: 0000001"),
     ("generate", dict(exp_path="{bad}/exps/truncated"), "0000001.pt", "truncated"),
     ("generate", dict(exp_path="{bad}/exps/foreign"), "datetime.date"),

@@ -72,7 +72,9 @@ def test_sfid_flattens_height_width_channel():
     assert frechet_distance(*wrong, *stored) == pytest.approx(expected["sfid_if_channel_first_flattening"], rel=1e-6)
 
 
-def test_statistics_are_those_of_numpy_and_add_up_over_processes():
+@pytest.mark.parametrize("stripe", [2, 5, 512])
+def test_statistics_are_those_of_numpy_and_add_up_over_processes(stripe, monkeypatch):
+    monkeypatch.setattr(metrics, "STRIPE", stripe)
     features = torch.randn(100, 5, generator=torch.Generator().manual_seed(0)) + 3
     parts = [Statistics(5) for _ in range(2)]
     parts[0].add(features[:30])

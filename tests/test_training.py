@@ -229,6 +229,16 @@ def test_the_normaliser_starts_from_stored_or_measured_statistics(place, tmp_pat
     assert not torch.allclose(measured["latents_bias"], stored["latents_bias"])
 
 
+def test_without_stop_grad_the_diffusion_loss_reaches_the_vae(whole, place, tmp_path):
+    """The paper's negative control: one term more in the VAE's loss, and nothing else in the first step."""
+    train("train_repae", place, tmp_path, "run", max_train_steps=1, stop_grad=False)
+    (row,) = small.metrics(tmp_path, "run")
+    stopped = small.metrics(*whole("train_repae", gradient_accumulation_steps=1))[0]
+    assert {name for name in row if row[name] != stopped[name]} == {"vae_loss", "grad_norm_vae"}
+    # A fresh SiT says 0 everywhere, so that the term is |noise - x_0|^2: 1 from the noise, and the latents' variance.
+    assert row["vae_loss"] - stopped["vae_loss"] > 0.9
+
+
 def test_clipping_and_the_norm_that_is_reported():
     parameter = torch.nn.Parameter(torch.zeros(4))
     optimizer = Optimizer([("p", parameter)], lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,

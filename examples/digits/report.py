@@ -81,13 +81,12 @@ def read_seconds(folder: Path) -> dict[str, int]:
 
 
 def class_sheet(images: np.ndarray, labels: np.ndarray, columns: int = 10) -> np.ndarray:
-    """One row of up to `columns` images per digit, uint8 (10 H, columns W, 3); what is missing stays white."""
-    height, width = images.shape[1:3]
-    sheet = np.full((10 * height, columns * width, 3), 255, np.uint8)
+    """A row of `columns` images per digit, evenly spread over those there are: uint8 (10 H, columns W, 3)."""
+    rows = []
     for digit in range(10):
-        for column, image in enumerate(images[labels == digit][:columns]):
-            sheet[digit * height : (digit + 1) * height, column * width : (column + 1) * width] = image
-    return sheet
+        chosen = np.flatnonzero(labels == digit)
+        rows.append(np.concatenate(images[chosen[np.arange(columns) * len(chosen) // columns]], axis=1))
+    return np.concatenate(rows)
 
 
 def read_by_judge(real: tuple, others: list[tuple]) -> tuple[float, list[float]]:
@@ -144,13 +143,14 @@ def draw(folder: Path, metrics: dict[str, list[dict]], sheets: dict[str, np.ndar
 
 
 def print_table(folder: Path, seconds: dict[str, int], metrics: dict[str, list[dict]]) -> None:
-    print(f"\n{'stage':<17}{'steps':>6}{'seconds':>9}  {'last row':<58}where")
+    row = "{:<17}{:>6}{:>9}  {:<70}{}".format
+    print("\n" + row("stage", "steps", "seconds", "last row", "where"))
     for stage, spent in seconds.items():
         where, scalars = STAGES[stage]
         last = metrics[stage][-1] if stage in metrics else {}
         losses = "  ".join(f"{name} {last[name]:.4f}" for name in scalars)
-        print(f"{stage:<17}{last.get('step', ''):>6}{spent:>9}  {losses:<58}{folder / where}")
-    print(f"{'in all':<17}{'':>6}{sum(seconds.values()):>9}\n")
+        print(row(stage, last.get("step", ""), spent, losses, folder / where))
+    print(row("in all", "", sum(seconds.values()), "", "").rstrip() + "\n")
 
 
 @command
