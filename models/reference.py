@@ -1,7 +1,7 @@
 """What samples are measured against: ADM's reference files, ours, or any set of images.
 
 Our file is an `.npz` with ADM's names for the moments: `mu`, `sigma`, `mu_s`, `sigma_s`. Where ADM's files hold images,
-it has `features` (pooled, of at most 10,000 images, for precision and recall); `probe`, the features of one fixed image,
+it has `features` (pooled, at most 10,000 images, for precision and recall); `probe`, the features of one fixed image,
 gives away another network or other weights; `meta` is JSON.
 """
 

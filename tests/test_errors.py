@@ -275,3 +275,13 @@ def test_public_arguments_are_the_one_class_that_is_allowed(tmp_path):
     torch.save({"model": {}, "ema": {}, "args": SimpleNamespace(seed=3)}, tmp_path / "foreign.pt")
     with pytest.raises(ValueError, match=r"types\.SimpleNamespace"):
         read_checkpoint(tmp_path / "foreign.pt")
+
+
+def test_a_run_that_diverges_stops_in_one_line_before_a_bad_checkpoint(place, tmp_path, capsys):
+    argv = small.ldm_options(place, tmp_path, "run", learning_rate=1e30, log_steps=1, checkpointing_steps=2)
+    with pytest.raises(SystemExit) as stopped:
+        train_ldm_only.main(argv)
+    assert stopped.value.code == 1
+    said = [line for line in capsys.readouterr().err.splitlines() if "stopped" in line]
+    assert len(said) == 1 and "a loss is not finite" in said[0]
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.pt"))

@@ -22,7 +22,7 @@ def about(flag: str) -> Iterator[None]:
 
 
 def command(main):
-    """Wrap a script's `main(argv)`: an `InputError` becomes one line on stderr and exit code 2.
+    """Wrap a script's `main(argv)`: an `InputError` becomes one line on stderr and exit code 2, a divergence code 1.
 
     Under a launcher every process leaves with the same code, and rank 0 alone speaks where all fail alike;
     an error that only another rank meets is printed with its rank.
@@ -39,5 +39,8 @@ def command(main):
                 message = " ".join(str(error).split())
                 print(f"{Path(sys.argv[0]).name}{who}: error: {message}", file=sys.stderr)
             sys.exit(2)
+        except FloatingPointError as error:  # the run diverged: no fault of the command line, and no traceback helps
+            print(f"{Path(sys.argv[0]).name}: stopped: {error}", file=sys.stderr)
+            sys.exit(1)
 
     return wrapped

@@ -16,7 +16,7 @@ PSNR_CEILING = 100.0  # dB, for images equal in every value
 
 
 class Statistics:
-    """Mean and covariance of a stream of features, kept as float64 sums: `count`, sum x, and sum x x^T (its upper half).
+    """Mean and covariance of a stream of features, kept as float64 sums: `count`, sum x and half of sum x x^T.
 
     Sums of several processes add up to those of one: reduce `tensors()` and nothing else.
     """

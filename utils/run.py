@@ -258,7 +258,7 @@ class Run:
     # ------------------------------------------------------------------ what it reports
 
     def log(self, step: int, scalars: dict[str, Tensor], progress: tqdm) -> None:
-        """Collect the scalars of a step; every --log-steps average them over steps and processes and report.
+        """Collect the scalars of a step; every --log-steps, and at every checkpoint, average and report them.
 
         The scalars stay on the device in between, and one collective a report brings all of them together.
         """
@@ -267,7 +267,8 @@ class Run:
         )
         self._window = values if self._window is None else self._window + values
         self._window_steps += 1
-        if not self.is_due(step, self.args.log_steps):
+        # A window also ends with a checkpoint: a loss that is not finite is never saved, and a resumed run has equal rows.
+        if not (self.is_due(step, self.args.log_steps) or self.is_due(step, self.args.checkpointing_steps)):
             return
         if self.world_size > 1:
             dist.all_reduce(self._window)
