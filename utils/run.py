@@ -267,7 +267,7 @@ class Run:
         )
         self._window = values if self._window is None else self._window + values
         self._window_steps += 1
-        # A window also ends with a checkpoint: a loss that is not finite is never saved, and a resumed run has equal rows.
+        # A window also ends with a checkpoint: no loss that is not finite is saved, and a resumed run has equal rows.
         if not (self.is_due(step, self.args.log_steps) or self.is_due(step, self.args.checkpointing_steps)):
             return
         if self.world_size > 1:
