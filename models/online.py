@@ -14,17 +14,26 @@ from utils.errors import InputError, about
 from utils.rng import sample_labels
 
 
+# evaluate.py's names of the flags, which errors use, and those of the training scripts.
+FLAGS = {"--features": "--eval-features", "--inception-weights": "--eval-weights", "--enc-ckpt": "--eval-weights"}
+
+
 def online_evaluation(args, run) -> "OnlineEvaluation | None":
     """What --eval-steps and its companions ask for; None where --eval-steps is 0."""
     if args.eval_steps == 0:
         return None
-    with about("--eval-reference"):
-        if args.eval_reference is None:
-            raise InputError("--eval-steps needs one: an ADM reference file, a --save-stats file, or images")
+    if args.eval_reference is None:
+        raise InputError("--eval-reference: an ADM reference file, a --save-stats file or images go with --eval-steps")
+    try:
         return OnlineEvaluation(
             args.eval_reference, features=args.eval_features, weights=args.eval_weights, count=args.eval_samples,
             resolution=args.resolution, seed=args.seed, path_type=args.path_type, device=run.device,
         )  # fmt: skip
+    except InputError as error:
+        message = str(error)
+        for flag, here in FLAGS.items():
+            message = message.replace(flag, here)
+        raise InputError(message) from None
 
 
 class OnlineEvaluation:
@@ -49,7 +58,8 @@ class OnlineEvaluation:
         self.device, self.count, self.seed, self.batch_size = device, count, seed, batch_size
         self.sampler = SamplerConfig(path_type=path_type)
         self.network = load_features(features, size, weights=weights).to(device)
-        self.reference = read_reference(reference, self.network, size, device)
+        with about("--eval-reference"):
+            self.reference = read_reference(reference, self.network, size, device)
 
     @torch.no_grad()
     def __call__(self, sit: SiT, vae: AutoencoderKL, latent_stats: tuple[Tensor, Tensor]) -> dict[str, float]:

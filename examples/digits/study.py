@@ -161,8 +161,8 @@ def follow(args, seed: int, chain: tuple[str, ...], network, real) -> dict[tuple
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("build/digits-study"))
-    parser.add_argument("--steps", type=positive_int, default=400)
-    parser.add_argument("--vae-steps", type=positive_int, default=300)
+    parser.add_argument("--steps", type=positive_int, default=250)
+    parser.add_argument("--vae-steps", type=positive_int, default=250)
     parser.add_argument("--seeds", type=positive_int, default=3)
     args = parser.parse_args(argv)
     started = time.perf_counter()
