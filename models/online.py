@@ -13,7 +13,6 @@ from utils.distributed import rank, world_size
 from utils.errors import InputError, about
 from utils.rng import sample_labels
 
-
 # evaluate.py's names of the flags, which errors use, and those of the training scripts.
 FLAGS = {"--features": "--eval-features", "--inception-weights": "--eval-weights", "--enc-ckpt": "--eval-weights"}
 
