@@ -45,3 +45,9 @@ def test_links_and_pictures_exist(page):
     headings = {re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-") for title in titles}
     for anchor in re.findall(r"\]\(#([^)]+)\)", text):
         assert anchor in headings, anchor
+
+
+def test_encoder_table_is_that_of_the_encoder_page():
+    page = (ROOT / "docs" / "encoders.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| `") and "ckpts" not in line and "vit" in line]
+    assert len(rows) >= 13 and all(row in README for row in rows[:13])
