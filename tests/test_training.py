@@ -182,7 +182,7 @@ def test_plain_sit_reads_no_image_and_loads_no_encoder(place, tmp_path, monkeypa
 
 
 def test_a_row_averages_the_steps_since_the_last(whole, place, tmp_path):
-    train("train_ldm_only", place, tmp_path, "run", log_steps=3)
+    train("train_ldm_only", place, tmp_path, "run", log_steps=3, checkpointing_steps=4)
     each = small.metrics(*whole("train_ldm_only", gradient_accumulation_steps=1))
     rows = small.metrics(tmp_path, "run")
     assert [row["step"] for row in rows] == [3, 4]
@@ -190,6 +190,17 @@ def test_a_row_averages_the_steps_since_the_last(whole, place, tmp_path):
     for name in each[0].keys() - {"step"}:
         assert rows[0][name] == pytest.approx(np.mean([row[name] for row in each[:3]]), rel=1e-6)
         assert rows[1][name] == each[3][name]
+
+
+def test_a_row_ends_with_a_checkpoint_too(whole, place, tmp_path):
+    """So a resumed run, which starts at a checkpoint, writes the rows of an uninterrupted one."""
+    train("train_ldm_only", place, tmp_path, "run", log_steps=3, checkpointing_steps=2)
+    each = small.metrics(*whole("train_ldm_only", gradient_accumulation_steps=1))
+    rows = small.metrics(tmp_path, "run")
+    assert [row["step"] for row in rows] == [2, 3, 4]
+    for name in each[0].keys() - {"step"}:
+        assert rows[0][name] == pytest.approx(np.mean([row[name] for row in each[:2]]), rel=1e-6)
+        assert rows[1][name] == each[2][name] and rows[2][name] == each[3][name]
 
 
 def test_epochs_end_a_run_too(place, tmp_path):

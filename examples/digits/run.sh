@@ -25,7 +25,7 @@ training=(--output-dir "$out/exps" --batch-size 32 --mixed-precision no --no-com
   --num-preview 20 --overwrite)
 vae_loss=(--loss-cfg-path examples/digits/digits_l1_kl_gan.yaml --vae-learning-rate 1e-3)
 sit=(--model SiT-T/2 --encoder-depth 3 --enc-type "timm:local-dir:$out/encoder" --learning-rate 1e-3 --ema-decay 0.98)
-repae_steps=350
+repae_steps=250
 repae_checkpoint=$(printf '%s/exps/repae/checkpoints/%07d.pt' "$out" "$repae_steps")
 samples=(--sample-dir "$out/samples" --num-fid-samples 200 --label-sampling equal --pproc-batch-size 100
   --num-steps 25 --cfg-scale 2 --overwrite)
