@@ -34,7 +34,7 @@ from models.online import online_evaluation
 from models.sit import build_sit
 from models.vae import (
     TrainableVAE,
-    downsampling,
+    latent_shape,
     latent_statistics,
     load_vae,
     measure_latent_statistics,
@@ -179,11 +179,7 @@ def build_networks(args, run: Run) -> SimpleNamespace:
         vae, nets.discriminator = vae_of_checkpoint(checkpoint, run.resume_from), load_discriminator(None)
     if args.resolution < SMALLEST_IMAGE:
         raise InputError(f"--resolution: {args.resolution} was given; the discriminator needs {SMALLEST_IMAGE} or more")
-    factor = downsampling(vae)
-    if args.resolution % factor:
-        raise InputError(f"--resolution: {args.resolution} was given; a multiple of {factor} is needed by this VAE")
-    side = args.resolution // factor
-    nets.latent_shape = (vae.config.latent_channels, side, side)
+    nets.latent_shape = latent_shape(vae, args.resolution)
     nets.vae = TrainableVAE(vae)
 
     nets.sit = build_sit(

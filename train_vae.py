@@ -26,7 +26,7 @@ from loss.perceptual import load_lpips
 from loss.vae import VAELoss
 from models.discriminator import SMALLEST_IMAGE, load_discriminator
 from models.generation import reconstruction_pairs
-from models.vae import TrainableVAE, build_vae, downsampling, load_vae, measure_latent_statistics, vae_config
+from models.vae import TrainableVAE, build_vae, latent_shape, load_vae, measure_latent_statistics, vae_config
 from models.vae_files import require_new_vae_files, save_vae_files, vae_of_checkpoint
 from models.vae_keys import ldm_parameters, to_ldm
 from utils.checkpoint import load_strictly, read_checkpoint
@@ -130,10 +130,7 @@ def build_networks(args, run: Run) -> SimpleNamespace:
         nets.discriminator = load_discriminator(args.disc_pretrained_ckpt)
     if args.resolution < SMALLEST_IMAGE:
         raise InputError(f"--resolution: {args.resolution} was given; the discriminator needs {SMALLEST_IMAGE} or more")
-    factor = downsampling(vae)
-    if args.resolution % factor:
-        raise InputError(f"--resolution: {args.resolution} was given; a multiple of {factor} is needed by this VAE")
-    nets.latent_shape = (vae.config.latent_channels, args.resolution // factor, args.resolution // factor)
+    nets.latent_shape = latent_shape(vae, args.resolution)
     nets.vae = TrainableVAE(vae)
     return nets
 

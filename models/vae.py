@@ -86,6 +86,18 @@ def downsampling(vae: AutoencoderKL | Mapping) -> int:
     return 2 ** (len(config["block_out_channels"]) - 1)
 
 
+def latent_shape(vae: AutoencoderKL, resolution: int) -> tuple[int, int, int]:
+    """(C, h, w) of the latents of images with this side.
+
+    Raises:
+        InputError: the VAE does not divide the resolution.
+    """
+    factor = downsampling(vae)
+    if resolution % factor:
+        raise InputError(f"--resolution: {resolution} was given; a multiple of {factor} is needed by this VAE")
+    return vae.config.latent_channels, resolution // factor, resolution // factor
+
+
 # Loading
 
 

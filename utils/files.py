@@ -45,6 +45,16 @@ def sync(path: str | os.PathLike) -> None:
         os.close(descriptor)
 
 
+def write_at(path: str | os.PathLike, offset: int, data) -> None:
+    """Overwrite the bytes of a file from `offset` on with a contiguous buffer; `sync` then brings them to the disk.
+
+    Unlike a shared memory map, a full disk is an OSError, and other processes' neighbouring bytes stay theirs.
+    """
+    with Path(path).open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
 def write_json(path: str | os.PathLike, value: object) -> None:
     """Write `value` as JSON, atomically."""
     with atomic_write(path) as temporary:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from utils.distributed import all_sum, rank, world_size
 from utils.errors import InputError
-from utils.files import require_disk, sync, write_json
+from utils.files import require_disk, sync, write_at, write_json
 
 
 def normalize(z: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -151,14 +151,14 @@ class LatentCache:
         if not np.isfinite(rows).all():
             last, dtype = first + len(rows) - 1, self.description["dtype"]
             raise InputError(f"the VAE's latents of images {first} to {last} are not finite in {dtype}")
-        _write_at(self.part_array, self._rows.offset + first * rows[0].nbytes, rows)
+        write_at(self.part_array, self._rows.offset + first * rows[0].nbytes, np.ascontiguousarray(rows).data)
         self._unflushed.append((first, len(rows)))
 
     def flush(self) -> None:
         """Bring the rows to the disk, and only then mark them as finished."""
         sync(self.part_array)
         for first, count in self._unflushed:
-            _write_at(self.part_done, first + self._done_offset, np.ones(count, np.uint8))
+            write_at(self.part_done, first + self._done_offset, b"\1" * count)
         sync(self.part_done)
         self._unflushed.clear()
 
@@ -195,9 +195,3 @@ class LatentCache:
     def _require_disk(self, already: int) -> None:
         size = int(np.prod(self.description["shape"], dtype=np.int64)) * np.dtype(self.description["dtype"]).itemsize
         require_disk(self.array_path, max(size - already, 0), f"--output-dir: the latents '{self.array_path.stem}'")
-
-
-def _write_at(path: Path, offset: int, array: np.ndarray) -> None:
-    with path.open("r+b") as file:
-        file.seek(offset)
-        file.write(np.ascontiguousarray(array).data)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.errors import InputError
-from utils.files import require_disk, sync, write_json
+from utils.files import require_disk, sync, write_at, write_json
 from utils.npz import write_npz
 
 FLAG = "--sample-dir"
@@ -108,8 +108,10 @@ class SampleStore:
         images = np.ascontiguousarray(images[: len(indices)])
         expected = (len(indices), *self.shape[1:])
         assert images.dtype == np.uint8 and images.shape == expected, (images.dtype, images.shape, expected)
-        _write_at(self.images_file, self.images().offset + indices.start * images[0].nbytes, images.data)
-        _write_at(self.done_file, batch, b"\1")
+        write_at(self.images_file, self.images().offset + indices.start * images[0].nbytes, images.data)
+        sync(self.images_file)  # before the mark
+        write_at(self.done_file, batch, b"\1")
+        sync(self.done_file)
 
     def finish(self, labels: np.ndarray) -> None:
         """Write the `.npz` (arr_0 images, arr_1 labels, as guided-diffusion does) and remove the partial files."""
@@ -147,12 +149,3 @@ def _differences(earlier: dict, job: dict) -> str:
         elif before != now:
             found.append(f"{key}: {before}, now {now}")
     return "; ".join(found) or "its files are damaged"
-
-
-def _write_at(path: Path, offset: int, data) -> None:
-    """Overwrite a part of a file, and bring it to the disk."""
-    with path.open("r+b") as file:
-        file.seek(offset)
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
