@@ -25,14 +25,13 @@ from loss.perceptual import load_lpips
 from models.evaluation import compare, extract
 from models.features import load_features
 from models.reconstruction import check_size, comparison_picture, measure_reconstruction
-from models.reference import read_reference, save_reference
+from models.reference import read_reference, reference_images, save_reference
 from models.vae import load_vae
 from utils.distributed import main_first, rank, world_size
 from utils.errors import InputError, about, command
 from utils.files import write_json
 from utils.image_sources import Source, Subset, open_images, require_size, spread
 from utils.images import save_png
-from utils.npz import open_npz
 from utils.run import start_processes
 
 logger = logging.getLogger(__name__)
@@ -109,16 +108,14 @@ def open_samples(args: argparse.Namespace) -> tuple[Source | None, tuple[int, in
     if args.samples:
         with about("--samples"):
             samples = open_images(args.samples)
-    reference = Path(args.reference)
     with about("--reference"):
-        has_images = not reference.is_file() or "arr_0" in open_npz(reference)
-        if has_images:
-            images = open_images(reference)
-            if samples is None:
-                return None, images.size
+        images = reference_images(args.reference)
+        if samples is None:
+            if images is None:
+                raise InputError(f"{args.reference} has no images; --save-stats needs them")
+            return None, images.size
+        if images is not None:
             require_size(images, samples.size, f"{args.samples} has")
-    if samples is None:
-        raise InputError(f"--reference: {reference} has no images; --save-stats needs them")
     return samples, samples.size
 
 

@@ -33,15 +33,14 @@ from tqdm import tqdm
 from models.evaluation import NEIGHBOUR, Evaluator
 from models.features import load_features
 from models.generation import AUTOCAST, SamplerConfig, decode_latents, sample_latents, trajectory
-from models.reference import read_reference
+from models.reference import read_reference, reference_images
 from models.trained import load_trained
 from models.vae_files import vae_sha256
 from utils.distributed import main_first
 from utils.errors import InputError, about, command
 from utils.files import sha256, write_json
-from utils.image_sources import open_images, require_size
+from utils.image_sources import require_size
 from utils.images import image_grid, save_png
-from utils.npz import open_npz
 from utils.rng import sample_labels
 from utils.run import start_processes
 from utils.samples import SampleStore
@@ -190,6 +189,9 @@ def label_scheme(args, num_classes: int) -> LabelScheme:
         classes = np.array([int(part) for part in parts])
     if args.label_file is not None:
         name, flag, classes = "file", "--label-file", read_labels(args.label_file, args.num_fid_samples)
+    if name == "equal" and args.num_fid_samples % len(classes):
+        raise InputError(f"--label-sampling equal: {args.num_fid_samples} samples (--num-fid-samples) do not divide by "
+                         f"{len(classes)} classes; --classes names fewer")  # fmt: skip
     if classes.max() >= num_classes:
         raise InputError(f"{flag}: class {classes.max()} was asked for; this model has classes 0..{num_classes - 1}")
     return LabelScheme(name, classes, args.global_seed)
@@ -283,10 +285,11 @@ def feature_network(args, resolution: int) -> torch.nn.Module | None:
     """The network of --features, once it is clear that --evaluate names something of the samples' size."""
     if args.evaluate is None:
         return None
-    size, path = (resolution, resolution), Path(args.evaluate)
+    size = (resolution, resolution)
     with about("--evaluate"):
-        if not path.is_file() or "arr_0" in open_npz(path):
-            require_size(open_images(path), size, "the samples have")
+        images = reference_images(args.evaluate)
+        if images is not None:
+            require_size(images, size, "the samples have")
     weights = args.inception_weights if args.features == "inception" else args.enc_ckpt
     return load_features(args.features, size, weights=weights)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from models.features import exact_float32
-from utils.distributed import all_sum, gather_rows, rank, world_size
+from utils.distributed import all_sum, gather_rows, main_first, rank, world_size
 from utils.errors import InputError
 from utils.image_sources import read_batches
 from utils.metrics import Statistics, frechet_distance, inception_score, precision_recall
@@ -100,13 +100,14 @@ class FeatureStream:
         for statistics in filter(None, (self.pool, self.spatial)):
             for tensor in statistics.tensors():
                 all_sum(tensor)
-            if not statistics.outer.isfinite().all():
+        count = int(self.pool.count)
+        with main_first():  # all have the same sums: rank 0 speaks
+            if not all(sums.outer.isfinite().all() for sums in filter(None, (self.pool, self.spatial))):
                 raise InputError(
                     f"the {self.network.label} features of some image are not finite: its weights are damaged"
                 )
-        count = int(self.pool.count)
-        if count < 2:
-            raise InputError(f"{count} images were given; a covariance needs two at least")
+            if count < 2:
+                raise InputError(f"{count} images were given; a covariance needs two at least")
         features = torch.cat(self._features) if self._features else torch.empty(0, self.network.dim)
         indices = torch.cat(self._indices) if self._indices else torch.empty(0, dtype=torch.int64)
         features, indices = gather_rows(features), gather_rows(indices)
@@ -202,12 +203,18 @@ def _inception_score(features: Tensor, network: nn.Module, device: torch.device)
 
 
 def _precision_recall(real: Tensor, fake: Tensor, device: torch.device, half: bool) -> tuple[float, float]:
-    if min(len(real), len(fake)) <= NEIGHBOUR:
-        counts = f"there are {len(real)} in the reference and {len(fake)} samples"
-        raise InputError(f"precision and recall need more than {NEIGHBOUR} images on each side; {counts}")
+    with main_first():
+        require_neighbours("the reference", len(real))
+        require_neighbours("the samples", len(fake))
     processes = {"rank": rank(), "world_size": world_size(), "all_reduce": all_sum}
     with exact_float32(device):
         return precision_recall(real.to(device), fake.to(device), neighbour=NEIGHBOUR, half=half, **processes)
+
+
+def require_neighbours(what: str, count: int) -> None:
+    """Refuse fewer images than the k-th neighbour needs."""
+    if count <= NEIGHBOUR:
+        raise InputError(f"{what}: {count} images were given; precision and recall need more than {NEIGHBOUR}")
 
 
 def _warn_if_few(what: str, count: int | None, dim: int) -> None:

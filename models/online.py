@@ -4,12 +4,12 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from models.evaluation import Evaluator
+from models.evaluation import NEIGHBOUR, Evaluator
 from models.features import load_features
 from models.generation import SamplerConfig, decode_latents, sample_latents
 from models.reference import read_reference
 from models.sit import SiT
-from utils.distributed import rank, world_size
+from utils.distributed import main_first, rank, world_size
 from utils.errors import InputError, about
 from utils.rng import sample_labels
 
@@ -21,18 +21,21 @@ def online_evaluation(args, run) -> "OnlineEvaluation | None":
     """What --eval-steps and its companions ask for; None where --eval-steps is 0."""
     if args.eval_steps == 0:
         return None
-    if args.eval_reference is None:
-        raise InputError("--eval-reference: an ADM reference file, a --save-stats file or images go with --eval-steps")
+    with main_first():
+        if args.eval_reference is None:
+            raise InputError("--eval-reference: an ADM reference file, a --save-stats file or images are needed by "
+                             "--eval-steps")  # fmt: skip
+        if args.eval_samples <= NEIGHBOUR:
+            raise InputError(f"--eval-samples: {args.eval_samples} was given; more than {NEIGHBOUR} are needed")
     try:
         return OnlineEvaluation(
             args.eval_reference, features=args.eval_features, weights=args.eval_weights, count=args.eval_samples,
             resolution=args.resolution, seed=args.seed, path_type=args.path_type, device=run.device,
         )  # fmt: skip
     except InputError as error:
-        message = str(error)
         for flag, here in FLAGS.items():
-            message = message.replace(flag, here)
-        raise InputError(message) from None
+            error.args = (str(error).replace(flag, here),)
+        raise
 
 
 class OnlineEvaluation:
@@ -56,7 +59,8 @@ class OnlineEvaluation:
         size = (resolution, resolution)
         self.device, self.count, self.seed, self.batch_size = device, count, seed, batch_size
         self.sampler = SamplerConfig(path_type=path_type)
-        self.network = load_features(features, size, weights=weights).to(device)
+        with main_first():
+            self.network = load_features(features, size, weights=weights).to(device)
         with about("--eval-reference"):
             self.reference = read_reference(reference, self.network, size, device)
 

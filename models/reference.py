@@ -13,17 +13,27 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.evaluation import FeatureSet, extract
+from models.evaluation import FeatureSet, extract, require_neighbours
 from models.features import probe, same_network
-from utils.distributed import rank
+from utils.distributed import main_first, rank
 from utils.errors import InputError
-from utils.image_sources import images_of_npz, open_images, require_size, spread
+from utils.image_sources import Source, open_images, require_size, spread
 from utils.npz import open_npz, write_npz
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
 NEIGHBOUR_IMAGES = 10000  # for precision and recall, as many as ADM's reference files hold
+
+
+def reference_images(path: str | Path) -> Source | None:
+    """The images of a reference, opened but not read; None for a file that holds moments alone.
+
+    Raises:
+        InputError: the reference is missing or damaged.
+    """
+    path = Path(path)
+    return open_images(path) if not path.is_file() or "arr_0" in open_npz(path) else None
 
 
 def read_reference(
@@ -40,37 +50,33 @@ def read_reference(
         InputError: unreadable, of another size, or of another feature space.
     """
     path = Path(path)
-    arrays = open_npz(path) if path.is_file() else None
-    if arrays is None or "mu" not in arrays:
-        return _extracted(path, network, size, device, batch_size)
-    if "meta" in arrays:
-        return _own_file(path, arrays, network, size, device)
-    images = None
-    if "arr_0" in arrays:
-        source = images_of_npz(arrays, path)
-        require_size(source, size, "the samples have")
-        images = extract(source, network, device, batch_size=batch_size, description="reference images")
-    if network.label != "inception":
-        if images is None:
+    with main_first():  # what can be refused without reading an image
+        arrays = open_npz(path) if path.is_file() else {}
+        if "meta" in arrays:
+            return _own_file(path, arrays, network, size, device)
+        source = reference_images(path)
+        if source is not None:
+            require_size(source, size, "the samples have")
+            require_neighbours(str(path), len(source))
+        stored = "mu" in arrays and network.label == "inception"
+        if stored:
+            pool, spatial = _moments(path, arrays, "mu", "sigma", network.dim), None
+            if "mu_s" in arrays:
+                spatial = _moments(path, arrays, "mu_s", "sigma_s", network.spatial_dim)
+        elif source is None:
             raise InputError(f"{path} holds Inception's moments alone; --features {network.label} needs images")
-        _say(f"{path}: the stored moments are Inception's; those in the space of {network.label} are of its "
-             f"{images.count} images")  # fmt: skip
-        return images
-    pool, spatial = _moments(path, arrays, "mu", "sigma", network.dim), None
-    if "mu_s" in arrays:
-        spatial = _moments(path, arrays, "mu_s", "sigma_s", network.spatial_dim)
+    if not stored:
+        if "mu" in arrays:
+            _say(f"{path}: the stored moments are Inception's; those in the space of {network.label} are of its "
+                 f"{len(source)} images")  # fmt: skip
+        # A folder may hold a whole training set: it gives precision and recall 10,000 images, evenly spread.
+        keep = None if path.is_file() else spread(len(source), NEIGHBOUR_IMAGES)
+        return extract(source, network, device, batch_size=batch_size, keep=keep, description="reference")
+    images = source and extract(source, network, device, batch_size=batch_size, description="reference images")
     missing = [name for name, found in (("sFID", spatial), ("precision and recall", images)) if found is None]
     if missing:
         _say(f"{path} has nothing to compute {' or '.join(missing)} from")
     return FeatureSet(None, pool, spatial, None if images is None else images.features)
-
-
-def _extracted(path: Path, network: nn.Module, size, device, batch_size: int) -> FeatureSet:
-    source = open_images(path)
-    require_size(source, size, "the samples have")
-    # A folder may hold a whole training set: it gives precision and recall 10,000 images, evenly spread.
-    keep = None if path.is_file() else spread(len(source), NEIGHBOUR_IMAGES)
-    return extract(source, network, device, batch_size=batch_size, keep=keep, description="reference")
 
 
 def save_reference(

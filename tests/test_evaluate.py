@@ -138,7 +138,7 @@ def test_few_images_are_warned_about_or_refused(real, caplog):
     few = feature_set(real[:6], network)
     compare(few, few, network, CPU)
     assert "samples: 6 images for 6 dimensions: the covariance is singular" in caplog.text
-    with pytest.raises(InputError, match="more than 3 images on each side; there are 6 in the reference and 3 samples"):
+    with pytest.raises(InputError, match="the samples: 3 images were given; precision and recall need more than 3"):
         compare(feature_set(real[:3], network), few, network, CPU)
     with pytest.raises(InputError, match="1 images were given"):
         feature_set(real[:1], network)
@@ -298,7 +298,7 @@ BAD_SAMPLES = {
     "range": (IMAGES // 128, "holds only 0 and 1"),
     "pickled": (np.array([{}], dtype=object), "pickled objects, which are never loaded"),
     "resolution": (np.full((8, 32, 32, 3), 9, np.uint8), "has 16 x 16 images; 32 x 32 is needed"),
-    "count": (IMAGES[:2], "more than 3 images on each side"),
+    "count": (IMAGES[:2], "the samples: 2 images were given; precision and recall need more than 3"),
 }
 
 
@@ -312,6 +312,14 @@ def test_bad_samples_are_one_line(place, capsys, fault):
     lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert leaving.value.code == 2 and len(lines) == 1 and message in lines[0]
     assert set(place.iterdir()) == before
+
+
+def test_a_reference_of_too_few_images_is_refused_before_any_work(place, capsys):
+    few = bad(place, "few.npz", IMAGES[:3])
+    with pytest.raises(SystemExit) as leaving:
+        run("--samples", place / "samples.npz", "--reference", few, *space(place))
+    errors = capsys.readouterr().err
+    assert leaving.value.code == 2 and f"--reference: {few}: 3 images were given" in errors and "images/s" not in errors
 
 
 GOOD = ["--samples", "{}/samples.npz", "--reference", "{}/real.npz"]

@@ -204,6 +204,7 @@ def test_previews_are_the_same_for_any_number_of_processes(exps, monkeypatch):
         ("repae", dict(classes="3;4"), ["--classes: '3;4' was given", "between commas"]),
         ("repae", dict(classes=""), ["--classes: '' was given"]),
         ("repae", dict(classes="3", num_classes=4), ["--num-classes and --classes were both given"]),
+        ("repae", dict(label_sampling="equal", num_fid_samples=21), ["--label-sampling equal: 21 samples"]),
         ("repae", dict(num_classes=11), ["--num-classes: class 10 was asked for"]),
         ("repae", dict(label_file="{folder}/none.txt"), ["--label-file: {folder}/none.txt cannot be read"]),
         ("repae", dict(label_file="{folder}/words.txt"), ["--label-file: {folder}/words.txt cannot be read"]),

@@ -18,7 +18,8 @@ def about(flag: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError(f"{flag}: {error}") from None
+        error.args = (f"{flag}: {error}",)  # the same error: it may be one that rank 0 has printed
+        raise
 
 
 def command(main):
