@@ -48,7 +48,7 @@ vae_models: dict[str, dict] = {
     },
     "f4d4-tiny": {
         "latent_channels": 4,
-        "block_out_channels": [32, 64, 64],
+        "block_out_channels": [16, 32, 64],
         "down_block_types": ["DownEncoderBlock2D"] * 3,
         "up_block_types": ["UpDecoderBlock2D"] * 3,
         "layers_per_block": 1,

@@ -162,7 +162,8 @@ def test_two_processes_give_the_same_numbers(place):
     found = json.loads((place / "two.json").read_text())
     assert found["processes"] == 2
     for name, numbers in found["results"].items():
-        assert numbers == pytest.approx(expected[name], rel=1e-4)  # at another batch size a level may flip
+        # At another batch size a level may flip; the structural similarity of these untrained VAEs is almost zero.
+        assert numbers == pytest.approx(expected[name], rel=1e-4, abs=1e-5)
 
 
 def test_script_takes_an_even_selection(place):

@@ -238,9 +238,9 @@ def without(state, key):
 BAD_STATES = {
     "lacks the key 'quant_conv.bias', which --vae f4d4-tiny needs": lambda s: without(s, "quant_conv.bias"),
     "has the key 'extra.weight', which": lambda s: {**s, "extra.weight": torch.zeros(1)},
-    r"'decoder.conv_out.weight' has shape \(9, 32, 3, 3\); --vae f4d4-tiny needs \(3, 32, 3, 3\)": lambda s: {
+    r"'decoder.conv_out.weight' has shape \(9, 16, 3, 3\); --vae f4d4-tiny needs \(3, 16, 3, 3\)": lambda s: {
         **s,
-        "decoder.conv_out.weight": torch.zeros(9, 32, 3, 3),
+        "decoder.conv_out.weight": torch.zeros(9, 16, 3, 3),
     },
     "lacks the key 'decoder.conv_in.weight'": lambda s: {"weight": torch.zeros(1)},
     "'encoder.conv_in.bias' is a str": lambda s: {**s, "encoder.conv_in.bias": "text"},
