@@ -24,7 +24,7 @@ def test_images_are_the_scans(tmp_path):
     assert [int(path.parent.name) for path in files] == digits.target.tolist()
     for i in range(0, 1797, 100):
         with Image.open(files[i]) as image:
-            assert (image.mode, image.size) == ("RGB", (32, 32))
+            assert (image.mode, image.size) == ("RGB", (24, 24))
             # Back to the scan's own grid (with its margin): dark where the scan has ink.
             ink = 255 - np.asarray(image.convert("L").resize((10, 10), Image.Resampling.BOX), np.float32)
         assert np.corrcoef(ink[1:-1, 1:-1].ravel(), digits.images[i].ravel())[0, 1] > 0.9
@@ -34,7 +34,7 @@ def test_images_are_the_scans(tmp_path):
 def data(tmp_path):
     """A data folder of 40 images whose class is their brightness."""
     labels = np.arange(40) % 2
-    images = np.random.default_rng(0).integers(0, 100, (40, 3, 32, 32)) + 150 * labels[:, None, None, None]
+    images = np.random.default_rng(0).integers(0, 100, (40, 3, 24, 24)) + 150 * labels[:, None, None, None]
     np.save(tmp_path / "images.npy", images.astype(np.uint8))
     np.save(tmp_path / "labels.npy", labels)
     return tmp_path
@@ -43,18 +43,18 @@ def data(tmp_path):
 def test_encoder_loads_bit_equal(data):
     pixels, labels = pretrain_encoder.load_data(data)
     torch.manual_seed(0)
-    model = pretrain_encoder.build_encoder(32, num_classes=2)
+    model = pretrain_encoder.build_encoder(24, num_classes=2)
     losses = [loss for _, loss in pretrain_encoder.train(model, pixels, labels, steps=2, batch_size=8, seed=0)]
     assert len(losses) == 2
-    pretrain_encoder.save_encoder(model.eval(), data / "encoder", 32)
+    pretrain_encoder.save_encoder(model.eval(), data / "encoder", 24)
 
     loaded = timm.create_model(f"local-dir:{data / 'encoder'}", pretrained=True).eval()
-    encoder = load_encoder(f"timm:local-dir:{data / 'encoder'}", resolution=32)
+    encoder = load_encoder(f"timm:local-dir:{data / 'encoder'}", resolution=24)
     images = torch.from_numpy(np.load(data / "images.npy"))[:4]
     with torch.inference_mode():
         assert torch.equal(loaded(pixels[:4]), model(pixels[:4]))
         tokens = model.forward_features(pixels[:4])
-        assert encoder.embed_dim == 96 and tokens.shape == (4, 16, 96)  # the grid of SiT-T/2 on latents of 8 x 8
+        assert encoder.embed_dim == 96 and tokens.shape == (4, 9, 96)  # the grid of SiT-T/2 on latents of 6 x 6
         torch.testing.assert_close(encoder(images), tokens, rtol=1e-5, atol=1e-5)
 
 
@@ -69,7 +69,7 @@ def test_encoder_learns_brightness(data):
 
 def test_augmentation_keeps_a_blank_page(data):
     """Shifts and turns bring in paper, not another colour."""
-    moved = pretrain_encoder.augment(torch.ones(64, 3, 32, 32), torch.Generator().manual_seed(0))
+    moved = pretrain_encoder.augment(torch.ones(64, 3, 24, 24), torch.Generator().manual_seed(0))
     assert moved.mean().item() == pytest.approx(1, abs=1e-3) and moved.std().item() == pytest.approx(0.1, rel=0.02)
 
 
@@ -84,22 +84,25 @@ def test_report_of_a_small_folder(data, capsys):
     for name in ("data", "samples"):
         (data / name).mkdir()
     labels = np.arange(40) // 4  # in the order of preprocessing.py: class by class
-    images = np.repeat(25 * labels, 3 * 32 * 32).astype(np.uint8).reshape(40, 3, 32, 32)  # grey says the class
+    images = np.repeat(25 * labels, 3 * 24 * 24).astype(np.uint8).reshape(40, 3, 24, 24)  # grey says the class
     np.save(data / "data" / "images.npy", images)
     np.save(data / "data" / "labels.npy", labels)
     for run, read_as in (("repae", labels), ("ldm", (labels + 1) % 10)):
         np.savez(data / "samples" / f"{run}_0000002_cfg1.5.npz", arr_0=images.transpose(0, 2, 3, 1), arr_1=read_as)
+        record = {"evaluation": {report.FD: 12.25}}
+        (data / "samples" / f"{run}_0000002_cfg1.5.json").write_text(json.dumps(record))
     row = {"reconstruction_loss": 0.125, "vae_align_loss": -0.5, "proj_loss": -0.5, "denoising_loss": 1.0}
     for run in ("vae", "repae", "ldm"):
         (data / "exps" / run).mkdir(parents=True)
         rows = [json.dumps({"step": step, **row}) for step in (1, 2)]
         (data / "exps" / run / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+        (data / "exps" / run / "evaluations.jsonl").write_text(json.dumps({"step": 2, report.FD: 50.0}) + "\n")
     (data / "seconds.tsv").write_text("train_vae\t3\ntrain_repae\t4\n")
 
     report.main(["--folder", str(data)])
     out = capsys.readouterr().out
-    assert "reconstruction_loss 0.1250" in out and "in all" in out and "100.0% of the REPA-E samples" in out
-    assert "0.0% of the LDM-only samples" in out
+    assert "reconstruction_loss 0.1250" in out and "in all" in out and "100.0%   12.2 REPA-E samples" in out
+    assert "  0.0%   12.2 samples of the LDM" in out
     for name in ("samples.png", "report.png"):
         with Image.open(data / name) as image:
             assert image.width > 1000 and np.asarray(image).std() > 10

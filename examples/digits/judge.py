@@ -17,7 +17,7 @@ HELD_OUT = 10  # every tenth image is never trained on
 
 
 class Judge(nn.Module):
-    """Images uint8 (N, 3, 32, 32) -> features (N, 64) and logits (N, 10)."""
+    """Images uint8 (N, 3, 24, 24) -> features (N, 64) and logits (N, 10)."""
 
     def __init__(self):
         super().__init__()
@@ -25,7 +25,7 @@ class Judge(nn.Module):
             nn.Conv2d(1, 16, 3, stride=2, padding=1), nn.ReLU(),
             nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(),
             nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU(),
-            nn.Flatten(), nn.Linear(64 * 16, 64), nn.ReLU(),
+            nn.Flatten(), nn.Linear(64 * 9, 64), nn.ReLU(),
         )  # fmt: skip
         self.head = nn.Linear(64, 10)
 
@@ -58,12 +58,12 @@ def train_judge(images: Tensor, labels: Tensor, *, epochs: int = 30, seed: int =
 
 
 def load_digits_data(folder: Path) -> tuple[Tensor, Tensor]:
-    """Images uint8 (N, 3, 32, 32) and labels (N,) of a data folder."""
+    """Images uint8 (N, 3, 24, 24) and labels (N,) of a data folder."""
     return torch.from_numpy(np.load(folder / "images.npy")), torch.from_numpy(np.load(folder / "labels.npy"))
 
 
 def load_samples(path: Path) -> tuple[Tensor, Tensor]:
-    """Images uint8 (N, 3, 32, 32) and the labels asked for (N,), of an .npz of generate.py."""
+    """Images uint8 (N, 3, 24, 24) and the labels asked for (N,), of an .npz of generate.py."""
     with np.load(path) as arrays:
         return torch.from_numpy(arrays["arr_0"]).permute(0, 3, 1, 2), torch.from_numpy(arrays["arr_1"])
 

@@ -1,7 +1,7 @@
 """Write scikit-learn's 1,797 handwritten digits as a folder of PNG classes: <out>/0/0000.png ... <out>/9/1796.png.
 
 The scans are 8 x 8 with 17 grey levels (E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI
-machine learning repository, 1998). They are enlarged to 32 x 32, and a contrast curve gives the strokes an edge: dark
+machine learning repository, 1998). They are enlarged to 24 x 24, and a contrast curve gives the strokes an edge: dark
 ink on white paper. The data come with the scikit-learn package; nothing is downloaded.
 
     python -m examples.digits.make_images --out build/digits/images
@@ -15,7 +15,7 @@ from PIL import Image
 
 from utils.errors import InputError, command
 
-SIZE = 32
+SIZE = 24
 CONTRAST = (0.3, 0.9)  # ink below the first is paper, above the second is black
 
 
@@ -26,7 +26,7 @@ def enlarge(digit: np.ndarray) -> Image.Image:
         digit: (8, 8), ink from 0 to 16.
 
     Returns:
-        RGB image, 32 x 32, black on white.
+        RGB image, 24 x 24, black on white.
     """
     ink = Image.fromarray(np.pad(digit / 16, 1).astype(np.float32))  # one pixel of margin: some strokes touch the edge
     ink = np.asarray(ink.resize((SIZE, SIZE), Image.Resampling.LANCZOS))

@@ -1,6 +1,6 @@
 """Train the small vision transformer that plays DINOv2's part on the digits: under a minute on 2 CPU cores.
 
-The public encoders know nothing about 32 x 32 digits, so the example makes its own. It is trained with labels (ten
+The public encoders know nothing about 24 x 24 digits, so the example makes its own. It is trained with labels (ten
 classes, cross-entropy on the mean of the patch tokens) because 1,797 images and a minute are too few for
 self-supervision. So, unlike DINOv2, this representation has seen the class of every training image.
 

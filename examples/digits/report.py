@@ -26,7 +26,10 @@ STAGES = {
     "train_ldm_only": ("exps/ldm", ("denoising_loss", "proj_loss")),
     "generate_repae": ("samples", ()),
     "generate_ldm": ("samples", ()),
+    "reconstruction": ("reconstruction.png", ()),
 }
+
+FD = "fd_encoder-mean-tokens"
 
 # Title of a panel -> its curves: (stage, scalar, sign, name in the legend).
 CURVES = {
@@ -43,25 +46,30 @@ CURVES = {
         ("train_repae", "denoising_loss", 1, "REPA-E"),
         ("train_ldm_only", "denoising_loss", 1, "LDM on the tuned VAE"),
     ],
+    "Fréchet distance in the encoder's space, 200 samples without guidance": [
+        ("train_repae", FD, 1, "REPA-E"),
+        ("train_ldm_only", FD, 1, "LDM on the tuned VAE"),
+    ],
 }
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
-    """Rows of a run's metrics.jsonl, each with `step`."""
+    """Rows of a run's evaluations.jsonl, if there is one, then those of its metrics.jsonl; each has `step`."""
     path = run / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    if not rows:
+    if not path.is_file() or not path.read_text():
         raise InputError(f"--folder: {path} is missing or empty; run.sh must run to its end first")
-    return rows
+    files = filter(Path.is_file, (run / "evaluations.jsonl", path))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
-def read_samples(folder: Path, run: str) -> tuple[Path, np.ndarray, np.ndarray]:
-    """The newest .npz of a run: its path, images uint8 (N, H, W, 3) and labels (N,)."""
+def read_samples(folder: Path, run: str) -> tuple[Path, float, np.ndarray, np.ndarray]:
+    """The newest .npz of a run: its path, Frechet distance, images uint8 (N, H, W, 3) and labels (N,)."""
     files = sorted(folder.glob(f"{run}_*.npz"), key=lambda path: path.stat().st_mtime)
     if not files:
         raise InputError(f"--folder: {folder} has no {run}_*.npz; run.sh must run to its end first")
+    distance = json.loads(files[-1].with_suffix(".json").read_text())["evaluation"][FD]
     with np.load(files[-1]) as arrays:
-        return files[-1], arrays["arr_0"], arrays["arr_1"]
+        return files[-1], distance, arrays["arr_0"], arrays["arr_1"]
 
 
 def read_real(folder: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -127,18 +135,20 @@ def draw(folder: Path, metrics: dict[str, list[dict]], sheets: dict[str, np.ndar
     show_sheets(figure.subplots(1, 3))
     FigureCanvasAgg(figure).print_png(folder / "samples.png")
 
-    figure = Figure(figsize=(15, 9), layout="constrained")
-    axes = figure.subplots(2, 3, height_ratios=(1, 1.5))
-    for ax, (title, curves) in zip(axes[0], CURVES.items(), strict=True):
+    figure = Figure(figsize=(18, 10), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.5))
+    axes = top.subplots(1, len(CURVES))
+    for ax, (title, curves) in zip(axes, CURVES.items(), strict=True):
         for stage, scalar, sign, name in curves:
-            rows = metrics[stage]
+            rows = [row for row in metrics[stage] if scalar in row]
             ax.plot([row["step"] for row in rows], [sign * row[scalar] for row in rows], label=name)
         ax.set_title(title, fontsize=10)
         ax.set_xlabel("step")
         ax.grid(alpha=0.3)
         ax.legend(fontsize=8)
-    axes[0][0].set_yscale("log")
-    show_sheets(axes[1])
+    for ax in (axes[0], axes[-1]):
+        ax.set_yscale("log")
+    show_sheets(bottom.subplots(1, len(sheets)))
     FigureCanvasAgg(figure).print_png(folder / "report.png")
 
 
@@ -162,8 +172,8 @@ def main(argv=None):
     seconds = read_seconds(folder)
     metrics = {stage: read_metrics(folder / STAGES[stage][0]) for stage in STAGES if stage.startswith("train_")}
     real = read_real(folder / "data")
-    repae_file, *repae = read_samples(folder / "samples", "repae")
-    ldm_file, *ldm = read_samples(folder / "samples", "ldm")
+    repae_file, repae_distance, *repae = read_samples(folder / "samples", "repae")
+    ldm_file, ldm_distance, *ldm = read_samples(folder / "samples", "ldm")
     real_share, shares = read_by_judge(real, [repae, ldm])
 
     titles = (f"real digits: {real_share:.0%} read as their class", f"REPA-E samples: {shares[0]:.0%}",
@@ -171,11 +181,12 @@ def main(argv=None):
     sheets = {title: class_sheet(*images) for title, images in zip(titles, (real, repae, ldm), strict=True)}
     draw(folder, metrics, sheets)
     print_table(folder, seconds, metrics)
-    print("A support vector machine trained on real pixels reads as their class:\n"
-          f"  {real_share:6.1%} of held-out real digits\n"
-          f"  {shares[0]:6.1%} of the REPA-E samples            {repae_file}\n"
-          f"  {shares[1]:6.1%} of the LDM-only samples          {ldm_file}\n"
-          f"Look at {folder / 'samples.png'} and {folder / 'report.png'}.")  # fmt: skip
+    print("Read as their class by a support vector machine trained on real pixels, and the Frechet distance to the "
+          "real digits in the encoder's space:\n"
+          f"  {real_share:6.1%}        held-out real digits\n"
+          f"  {shares[0]:6.1%} {repae_distance:6.1f} REPA-E samples, {repae_file}\n"
+          f"  {shares[1]:6.1%} {ldm_distance:6.1f} samples of the LDM on its VAE, {ldm_file}\n"
+          f"Look at {folder / 'report.png'}, {folder / 'samples.png'}, {folder / 'reconstruction.png'}.")  # fmt: skip
 
 
 if __name__ == "__main__":

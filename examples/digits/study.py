@@ -4,8 +4,8 @@
 
 SiT: on the latents of a VAE trained alone.  REPA: the same with alignment.  REPA-E: SiT and VAE together.  E2E-VAE: SiT
 with alignment on the frozen VAE that REPA-E tuned.  no stop-grad: REPA-E with the diffusion loss let into the VAE, the
-paper's negative control.  Judged by a small classifier trained on the real digits, not by the alignment encoder. It
-prints whatever comes out.
+paper's negative control.  Judged by a small classifier trained on the real digits, not by the alignment encoder; the
+VAEs by their reconstructions. It prints whatever comes out.
 """
 
 import argparse
@@ -18,9 +18,16 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from configs.arguments import positive_int
-from examples.digits import judge
+from examples.digits import judge, make_images
+from models.reconstruction import reconstruct
+from models.trained import load_trained
 from utils.errors import command
+from utils.metrics import psnr
 
 METHODS = {
     "SiT": "plain SiT, frozen VAE",
@@ -32,11 +39,12 @@ METHODS = {
 # What waits for what; the longest first.
 CHAINS = [("REPA-E", "E2E-VAE"), ("no stop-grad",), ("SiT",), ("REPA",)]
 SAMPLES = 1000
+CORES = os.cpu_count()
 
 
-def run(*words: object) -> None:
+def run(*words: object, threads: int = 1) -> None:
     """One of the repository's scripts, quietly; its output is shown when it fails."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"{' '.join(map(str, words))}\n{done.stdout}{done.stderr}")
@@ -45,18 +53,19 @@ def run(*words: object) -> None:
 def prepare(folder: Path, vae_steps: int) -> None:
     """Data, encoder, and the VAE that every method starts from; once for all seeds."""
     run("-m", "examples.digits.make_images", "--out", folder / "images")
-    run("preprocessing.py", "--imagenet-path", folder / "images", "--output-path", folder / "data", "--resolution", 32,
-        "--num-workers", 2, "--overwrite")  # fmt: skip
-    run("-m", "examples.digits.pretrain_encoder", "--data-dir", folder / "data", "--out", folder / "encoder")
+    run("preprocessing.py", "--imagenet-path", folder / "images", "--output-path", folder / "data", "--resolution",
+        make_images.SIZE, "--num-workers", 2, "--overwrite")  # fmt: skip
+    run("-m", "examples.digits.pretrain_encoder", "--data-dir", folder / "data", "--out", folder / "encoder",
+        threads=CORES)  # fmt: skip
     run("train_vae.py", "--exp-name", "vae", "--vae", "f4d4-tiny", "--max-train-steps", vae_steps,
-        *training_flags(folder), *vae_loss_flags(1e-3))  # fmt: skip
+        *training_flags(folder), *vae_loss_flags(1e-3), threads=CORES)  # fmt: skip
     cache(folder, folder / "exps/vae/vae.pt", "vae")
 
 
 def training_flags(folder: Path) -> list:
-    return ["--data-dir", folder / "data", "--resolution", 32, "--num-classes", 10, "--num-workers", 0, "--batch-size",
-            32, "--output-dir", folder / "exps", "--mixed-precision", "no", "--no-compile", "--report-to", "none",
-            "--log-steps", 20, "--num-preview", 0, "--overwrite"]  # fmt: skip
+    return ["--data-dir", folder / "data", "--resolution", make_images.SIZE, "--num-classes", 10, "--num-workers", 0,
+            "--batch-size", 32, "--output-dir", folder / "exps", "--mixed-precision", "no", "--no-compile",
+            "--report-to", "none", "--log-steps", 20, "--num-preview", 0, "--overwrite"]  # fmt: skip
 
 
 def vae_loss_flags(rate: float) -> list:
@@ -73,9 +82,13 @@ def cache(folder: Path, vae: Path, name: str) -> None:
         folder / "data", "--output-dir", folder / "data", "--num-workers", 0, "--overwrite")  # fmt: skip
 
 
+def run_name(method: str, seed: int) -> str:
+    return f"{method.lower().replace(' ', '-')}-{seed}"
+
+
 def train(folder: Path, method: str, steps: int, seed: int) -> str:
     """Train one method with one seed; returns the run's name."""
-    name = f"{method.lower().replace(' ', '-')}-{seed}"
+    name = run_name(method, seed)
     flags = [*sit_flags(folder, steps, seed), "--exp-name", name]
     aligned = ["--enc-type", f"timm:local-dir:{folder / 'encoder'}"]
     if method in ("REPA-E", "no stop-grad"):
@@ -86,7 +99,7 @@ def train(folder: Path, method: str, steps: int, seed: int) -> str:
         return name
     vae, latents = folder / "exps/vae/vae.pt", "vae"
     if method == "E2E-VAE":
-        checkpoint = folder / f"exps/repa-e-{seed}/checkpoints/{steps:07d}.pt"
+        checkpoint = folder / f"exps/{run_name('REPA-E', seed)}/checkpoints/{steps:07d}.pt"
         latents = f"e2e-{seed}"
         run("save_vae_weights.py", "--repae-ckpt", checkpoint, "--vae-name", latents, "--save-dir", folder / "exps",
             "--overwrite")  # fmt: skip
@@ -97,50 +110,75 @@ def train(folder: Path, method: str, steps: int, seed: int) -> str:
     return name
 
 
-def measure(folder: Path, name: str, seed: int, network, real) -> dict[str, float]:
-    """Distance and class accuracy of 1,000 samples without guidance, 100 of each class."""
-    samples = folder / "samples"
-    run("generate.py", "--exp-path", folder / "exps" / name, "--sample-dir", samples, "--num-fid-samples", SAMPLES,
-        "--label-sampling", "equal", "--cfg-scale", 1, "--num-steps", 25, "--pproc-batch-size", 250,
-        "--global-seed", seed, "--overwrite")  # fmt: skip
-    (file,) = samples.glob(f"{name}_*.npz")
-    images, labels = judge.load_samples(file)
-    return {"fd": judge.distance(network, images, real), "accuracy": judge.accuracy(network, images, labels)}
+def samples_of(folder: Path, name: str, steps: int) -> tuple[Tensor, Tensor]:
+    """The images and labels that `measure` drew of a run; sample i has the class i modulo 10."""
+    (file,) = (folder / "samples").glob(f"{name}_{steps:07d}_*.npz")
+    return judge.load_samples(file)
+
+
+def measure(folder: Path, name: str, steps: int, seed: int, network, real) -> dict[str, float]:
+    """Distance and class accuracy of 1,000 samples without guidance, 100 of each class; the VAE's PSNR."""
+    run("generate.py", "--exp-path", folder / "exps" / name, "--sample-dir", folder / "samples",
+        "--num-fid-samples", SAMPLES, "--label-sampling", "equal", "--cfg-scale", 1, "--num-steps", 25,
+        "--pproc-batch-size", 250, "--global-seed", seed, "--overwrite")  # fmt: skip
+    images, labels = samples_of(folder, name, steps)
+    with torch.no_grad():
+        reconstructions, _ = reconstruct(load_trained(folder / "exps" / name).vae, real)
+    return {
+        "fd": judge.distance(network, images, real), "accuracy": judge.accuracy(network, images, labels),
+        "psnr": psnr(reconstructions / 255, real / 255).mean().item(),
+    }  # fmt: skip
 
 
 def table(results: dict[str, list[dict]], steps: int, held_out: float) -> str:
     seeds = len(results["SiT"])
-    rows = [f"{steps} steps, {SAMPLES} samples without guidance, {seeds} seeds: mean (standard deviation)",
+    rows = [f"{steps} steps, {SAMPLES} samples without guidance, {seeds} seed(s): mean (standard deviation)",
             f"The judge recognises {held_out:.1%} of real digits that it never saw.", "",
-            f"| {'method':12} | {'FD':>16} | {'accuracy':>15} | minutes | what |", "|---|---|---|---|---|"]  # fmt: skip
+            f"| {'method':12} | {'FD':>16} | {'accuracy':>15} | {'VAE, dB':>12} | minutes | what |",
+            f"|{'---|' * 6}"]  # fmt: skip
     for method, runs in results.items():
         cells = []
-        for key, form in (("fd", "{:.2f} ({:.2f})"), ("accuracy", "{:.1%} ({:.1%})")):
+        for key, form in (("fd", ".2f"), ("accuracy", ".1%"), ("psnr", ".2f")):
             values = [run[key] for run in runs]
-            cells.append(form.format(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0))
+            spread = f" ({statistics.stdev(values):{form}})" if seeds > 1 else ""
+            cells.append(f"{statistics.mean(values):{form}}{spread}")
         minutes = statistics.mean(run["seconds"] for run in runs) / 60
-        rows.append(f"| {method:12} | {cells[0]:>16} | {cells[1]:>15} | {minutes:.1f} | {METHODS[method]} |")
+        rows.append(
+            f"| {method:12} | {cells[0]:>16} | {cells[1]:>15} | {cells[2]:>12} | {minutes:.1f} | {METHODS[method]} |"
+        )
     return "\n".join(rows)
 
 
-def plot(results: dict[str, list[dict]], path: Path, steps: int) -> None:
-    import matplotlib
+def plot(results: dict[str, list[dict]], strips: dict[str, np.ndarray], path: Path, steps: int) -> None:
+    """Both numbers, a dot for each seed; and a strip of samples of each method, uint8 (H, W, 3)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    panels = (("fd", "Frechet distance to real digits (log scale; lower is better)"), ("accuracy", "class accuracy"))
-    for axis, (key, title) in zip(axes, panels, strict=True):
+    figure = Figure(figsize=(15, 4.2), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1.5, 1))
+    axes = left.subplots(1, 2)
+    panels = (("fd", "Fréchet distance to real digits (lower is better)"), ("accuracy", "class accuracy of samples"))
+    for ax, (key, title) in zip(axes, panels, strict=True):
         for i, runs in enumerate(results.values()):
             values = [run[key] for run in runs]
-            axis.bar(i, statistics.mean(values), color=f"C{i}", alpha=0.5)
-            axis.plot([i] * len(values), values, "ko", markersize=4)
-        axis.set_xticks(range(len(results)), results, fontsize=9)
-        axis.set_title(title, fontsize=10)
+            ax.hlines(statistics.mean(values), i - 0.3, i + 0.3, color=f"C{i}")
+            ax.plot([i] * len(values), values, "o", color=f"C{i}", alpha=0.6)
+        ax.set_xticks(range(len(results)), results, fontsize=9)
+        ax.set_title(title, fontsize=10)
+        ax.grid(axis="y", which="both", alpha=0.3)
     axes[0].set_yscale("log")
-    figure.suptitle(f"Digits, {steps} steps; a dot for each seed, bars are means", fontsize=10)
-    figure.savefig(path, dpi=110)
+    left.suptitle(f"{steps} steps; a dot for each seed, a line for the mean", fontsize=10)
+    for ax, (method, strip) in zip(right.subplots(len(strips), 1), strips.items(), strict=True):
+        ax.imshow(strip)
+        ax.set_ylabel(method, rotation=0, ha="right", va="center", fontsize=9)
+        ax.set(xticks=[], yticks=[])
+    right.suptitle("the first ten samples of seed 0: asked to be 0 to 9", fontsize=10)
+    FigureCanvasAgg(figure).print_png(path)
+
+
+def sample_strip(images: Tensor) -> np.ndarray:
+    """The first ten images of (N, 3, H, W) side by side: uint8 (H, 10 W, 3)."""
+    return np.concatenate(list(images[:10].permute(0, 2, 3, 1).numpy()), axis=1)
 
 
 def follow(args, seed: int, chain: tuple[str, ...], network, real) -> dict[tuple[str, int], dict]:
@@ -150,7 +188,7 @@ def follow(args, seed: int, chain: tuple[str, ...], network, real) -> dict[tuple
         start = time.perf_counter()
         name = train(args.folder, method, args.steps, seed)
         seconds = time.perf_counter() - start
-        found = measure(args.folder, name, seed, network, real) | {"seconds": seconds}
+        found = measure(args.folder, name, args.steps, seed, network, real) | {"seconds": seconds}
         numbers = f"FD {found['fd']:.2f}, accuracy {found['accuracy']:.1%}, {seconds:.0f} s"
         print(f"seed {seed}, {method}: {numbers}", flush=True)
         measured[method, seed] = found
@@ -161,10 +199,11 @@ def follow(args, seed: int, chain: tuple[str, ...], network, real) -> dict[tuple
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("build/digits-study"))
-    parser.add_argument("--steps", type=positive_int, default=250)
-    parser.add_argument("--vae-steps", type=positive_int, default=250)
+    parser.add_argument("--steps", type=positive_int, default=600)
+    parser.add_argument("--vae-steps", type=positive_int, default=600)
     parser.add_argument("--seeds", type=positive_int, default=3)
     args = parser.parse_args(argv)
+    torch.set_num_threads(1)
     started = time.perf_counter()
     args.folder.mkdir(parents=True, exist_ok=True)
     prepare(args.folder, args.vae_steps)
@@ -172,14 +211,15 @@ def main(argv: list[str] | None = None) -> None:
     network, held_out = judge.train_judge(real, labels)
 
     chains = [(seed, chain) for chain in CHAINS for seed in range(args.seeds)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # a process of one thread for each core
+    with ThreadPoolExecutor(CORES) as pool:  # a process of one thread for each core
         found = list(pool.map(lambda task: follow(args, *task, network, real), chains))
     measured = {key: value for part in found for key, value in part.items()}
     results = {method: [measured[method, seed] for seed in range(args.seeds)] for method in METHODS}
     (args.folder / "results.json").write_text(json.dumps(results, indent=1))
     report = table(results, args.steps, held_out)
     (args.folder / "study.md").write_text(report + "\n")
-    plot(results, args.folder / "study.png", args.steps)
+    strips = {method: sample_strip(samples_of(args.folder, run_name(method, 0), args.steps)[0]) for method in METHODS}
+    plot(results, strips, args.folder / "study.png", args.steps)
     print(f"\n{report}\n\n{args.folder / 'study.png'}; {(time.perf_counter() - started) / 60:.1f} minutes in all")
 
 
