@@ -1,5 +1,6 @@
 """What bad input gets: one line on stderr that says what is needed, exit code 2, and nothing written."""
 
+import errno
 import shutil
 from collections import namedtuple
 from datetime import date
@@ -19,6 +20,7 @@ import train_repae
 import train_vae
 from tests import small
 from utils.checkpoint import read_checkpoint
+from utils.errors import command
 
 MAIN = {module.__name__: module.main for module in (train_repae, train_ldm_only, train_vae, cache_latents,
                                                      save_vae_weights, generate, preprocessing)}  # fmt: skip
@@ -275,6 +277,31 @@ def test_public_arguments_are_the_one_class_that_is_allowed(tmp_path):
     torch.save({"model": {}, "ema": {}, "args": SimpleNamespace(seed=3)}, tmp_path / "foreign.pt")
     with pytest.raises(ValueError, match=r"types\.SimpleNamespace"):
         read_checkpoint(tmp_path / "foreign.pt")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(OSError(errno.ENOSPC, "No space left on device", "x.npy"), "stopped: x.npy: No space left on device"),
+     (PermissionError(errno.EACCES, "Permission denied", "x"), "stopped: x: Permission denied"),
+     (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "a smaller batch needs less (CUDA out of memory. Tried)")],
+)  # fmt: skip
+def test_what_stops_a_job_on_its_way_is_one_line(error, said, capsys):
+    def main(argv):
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        command(main)()
+    line = capsys.readouterr().err
+    assert stopped.value.code == 1 and said in line and line.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), FileNotFoundError(errno.ENOENT, "No such file", "x")])
+def test_our_own_faults_keep_their_traceback(error):
+    def main(argv):
+        raise error
+
+    with pytest.raises(type(error)):
+        command(main)()
 
 
 def test_a_run_that_diverges_stops_in_one_line_before_a_bad_checkpoint(place, tmp_path, capsys):

@@ -1,11 +1,14 @@
 """What a user's mistake looks like: one line on stderr, exit code 2, no traceback."""
 
 import contextlib
+import errno
 import functools
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+_MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
 
 
 class InputError(ValueError):
@@ -23,10 +26,11 @@ def about(flag: str) -> Iterator[None]:
 
 
 def command(main):
-    """Wrap a script's `main(argv)`: an `InputError` becomes one line on stderr and exit code 2, a divergence code 1.
+    """Wrap a script's `main(argv)`: an `InputError` becomes one line on stderr and exit code 2.
 
-    Under a launcher every process leaves with the same code, and rank 0 alone speaks where all fail alike;
-    an error that only another rank meets is printed with its rank.
+    What stops a job on its way is a line and exit code 1: a divergence, a full disk, a file that cannot be opened or
+    written, too little GPU memory. Under a launcher every process leaves with the same code, and rank 0 alone speaks
+    where all fail alike; an error that only another rank meets is printed with its rank.
     """
 
     @functools.wraps(main)
@@ -35,13 +39,30 @@ def command(main):
             return main(argv)
         except InputError as error:
             if not getattr(error, "printed", False):
-                rank = int(os.environ.get("RANK", 0))
-                who = f" [rank {rank}]" if rank else ""
-                message = " ".join(str(error).split())
-                print(f"{Path(sys.argv[0]).name}{who}: error: {message}", file=sys.stderr)
+                _say(f"error: {error}")
             sys.exit(2)
-        except FloatingPointError as error:  # the run diverged: no fault of the command line, and no traceback helps
-            print(f"{Path(sys.argv[0]).name}: stopped: {error}", file=sys.stderr)
+        except (FloatingPointError, OSError, RuntimeError) as error:  # no traceback helps with these
+            reason = _reason(error)
+            if reason is None:
+                raise
+            _say(f"stopped: {reason}")
             sys.exit(1)
 
     return wrapped
+
+
+def _say(message: str) -> None:
+    rank = int(os.environ.get("RANK", 0))
+    who = f" [rank {rank}]" if rank else ""
+    print(f"{Path(sys.argv[0]).name}{who}: {' '.join(message.split())}", file=sys.stderr)
+
+
+def _reason(error: Exception) -> str | None:
+    """What stopped the job, where it is something that a user can mend; None for our own faults."""
+    if isinstance(error, FloatingPointError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in _MENDABLE:
+        return f"{error.filename or 'a file'}: {error.strerror}"
+    if type(error).__name__ == "OutOfMemoryError":  # torch's; importing it here would slow down every script
+        return f"the GPU's memory is too small; a smaller batch needs less ({error})"
+    return None

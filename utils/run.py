@@ -22,7 +22,7 @@ from utils.checkpoint import checkpoint_path, latest_step, write_checkpoint
 from utils.data import batches, batches_per_epoch
 from utils.distributed import main_first
 from utils.errors import InputError
-from utils.files import require_disk, write_json
+from utils.files import require_disk, require_writable, write_json
 from utils.images import save_png
 from utils.rng import Draws
 from utils.trackers import open_trackers
@@ -73,7 +73,7 @@ class Run:
         self.is_main, self.device = self.accelerator.is_main_process, self.accelerator.device
         self.folder = Path(args.output_dir) / args.exp_name
         self.trackers = []
-        self._window, self._window_steps, self._window_start = None, 0, time.perf_counter()
+        self._window, self._window_steps, self._window_seconds = None, 0, 0.0
         self._set_numerics()
         with main_first():
             if args.batch_size % self.world_size:
@@ -157,6 +157,7 @@ class Run:
         in_epoch = max(batches_per_epoch(len(data), args.batch_size) // args.gradient_accumulation_steps, 1)
         self.total_steps = min(args.max_train_steps, args.epochs * in_epoch)
         steps = range(self.start_step, self.total_steps)
+        self._start_clock()
         return tqdm(
             steps, initial=self.start_step, total=self.total_steps, disable=not self.is_main, desc=args.exp_name
         )
@@ -189,12 +190,10 @@ class Run:
 
     def _check_folder_is_free(self) -> None:
         args, folder = self.args, self.folder
-        parent = next(path for path in folder.absolute().parents if path.exists())
-        if not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise InputError(f"--output-dir: {parent} is no folder that can be written")
         restarting = args.resume == "latest"  # an earlier job may have died before its first checkpoint
         if folder.exists() and not folder.is_dir():
             raise InputError(f"--exp-name: {folder} is a file")
+        require_writable(folder / "args.json", "--output-dir")
         if not folder.exists() or not any(folder.iterdir()) or (restarting and (folder / "args.json").is_file()):
             return
         if not args.overwrite:
@@ -267,19 +266,20 @@ class Run:
         )
         self._window = values if self._window is None else self._window + values
         self._window_steps += 1
+        self._window_seconds += time.perf_counter() - self._clock
+        self._start_clock()
         # A window also ends with a checkpoint: no loss that is not finite is saved, and a resumed run has equal rows.
         if not (self.is_due(step, self.args.log_steps) or self.is_due(step, self.args.checkpointing_steps)):
             return
         if self.world_size > 1:
             dist.all_reduce(self._window)
         means = (self._window / (self._window_steps * self.world_size)).tolist()
-        seconds = time.perf_counter() - self._window_start
         row = dict(zip(scalars, means, strict=True))
         images = self.args.batch_size * self.args.gradient_accumulation_steps * self._window_steps
-        row["images_per_second"] = images / seconds
+        row["images_per_second"] = images / self._window_seconds
         if self.device.type == "cuda":
             row["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        self._window, self._window_steps, self._window_start = None, 0, time.perf_counter()
+        self._window, self._window_steps, self._window_seconds = None, 0, 0.0
         if self.is_main:
             with (self.folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps({"step": step, **row}) + "\n")
@@ -290,8 +290,13 @@ class Run:
         if not all(torch.isfinite(torch.tensor(list(losses.values())))):
             raise FloatingPointError(f"step {step}: a loss is not finite ({losses}); checkpoints before it are whole")
 
+    def _start_clock(self) -> None:
+        """Of `images_per_second`, which counts steps: not checkpoints, previews and evaluations between them."""
+        self._clock = time.perf_counter()
+
     def log_evaluation(self, step: int, results: dict[str, float]) -> None:
         """Metrics of an evaluation to `evaluations.jsonl`, the log and the tracker; on rank 0."""
+        self._start_clock()
         if not self.is_main:
             return
         with (self.folder / "evaluations.jsonl").open("a") as file:
@@ -305,12 +310,14 @@ class Run:
         save_png(image, self.folder / "samples" / f"{step:07d}-{name}.png")
         for tracker in self.trackers:
             tracker.log_images({name: image[None]}, step=step)
+        self._start_clock()
 
     def save(self, step: int, contents: Callable[[], dict]) -> None:
         """Write the checkpoint of a step, on rank 0; the others wait."""
         if self.is_main:
             write_checkpoint(checkpoint_path(self.folder, step), contents())
         self.wait()
+        self._start_clock()
 
     def wait(self) -> None:
         if self.world_size > 1:
