@@ -15,6 +15,7 @@ if __name__ == "__main__":  # --help and a mistyped flag answer before the heavy
 import hashlib
 import json
 import logging
+import math
 import platform
 import time
 from collections.abc import Sequence
@@ -26,17 +27,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
 
 from models.evaluation import NEIGHBOUR, Evaluator
 from models.features import load_features
-from models.generation import AUTOCAST, SamplerConfig, decode_latents, sample_latents, trajectory
+from models.generation import AUTOCAST, SamplerConfig, draw_images, trajectory
 from models.reference import read_reference, reference_images
 from models.trained import load_trained
 from models.vae_files import vae_sha256
-from utils.distributed import main_first
+from utils.distributed import from_main, main_first, together
 from utils.errors import InputError, about, command
 from utils.files import sha256, write_json
 from utils.image_sources import require_size
@@ -68,43 +68,56 @@ def main(argv: list[str] | None = None) -> None:
         store = SampleStore(Path(args.sample_dir) / f"{output_name(args, model)}.npz", count=args.num_fid_samples,
                             resolution=model.resolution, batch_size=args.pproc_batch_size)  # fmt: skip
         if processes.is_main_process:
-            job = describe_job(args, model)
-            check_output(args, store, job)
+            job, output = describe_job(args, model, processes.device), output_options(args, store)
+            store.check(job, **output)
         network = feature_network(args, model.resolution)
     evaluator = build_evaluator(args, network, model.resolution, processes.device)
+    with main_first():
+        if processes.is_main_process:
+            store.create(job, **output)
 
-    # Rank 0's word on what is missing: another process may look only when the first batches are finished.
-    missing = None
-    if processes.is_main_process:
-        store.create(job)
-        missing = store.missing()
-    missing = broadcast_object_list([missing])[0]
-    finished = sorted(set(range(store.num_batches)) - set(missing))
+    try:
+        # Rank 0's word on what is missing: another process may look only when the first batches are finished.
+        missing = from_main(store.missing() if processes.is_main_process else None)
+        move_to(model, processes.device, compile=args.compile)
+        with together():
+            speed = draw_missing(args, store, model, config, labels, evaluator, missing, processes)
+        results = None if evaluator is None else evaluator.result()
+        if processes.is_main_process:
+            record = job | run_record(args, model, config, labels, processes) | speed
+            if results is not None:
+                record["evaluation"] = {"reference": args.evaluate, "features": network.label, **results}
+            finish(args, store, model, config, labels, record)
+        processes.wait_for_everyone()
+    finally:
+        store.release()
+    processes.end_training()
 
-    move_to(model, processes.device, compile=args.compile)
-    start = time.perf_counter()
-    if args.save_png or evaluator is not None:  # they see the batches of an earlier, interrupted job as well
-        for batch in finished[processes.process_index :: processes.num_processes]:
+
+def draw_missing(args, store: SampleStore, model: SimpleNamespace, config: SamplerConfig, labels: "LabelScheme",
+                 evaluator: Evaluator | None, missing: list[int], processes) -> dict[str, float]:  # fmt: skip
+    """This process's share of the batches, drawn or, if `--save-png` or `--evaluate` want them, read back.
+
+    Returns:
+        `drawn`: samples, by all processes; `seconds`; `images_per_second`: of sampling alone, if all processes are as
+        fast as this one (0 where it drew nothing).
+    """
+    start, rank, world = time.perf_counter(), processes.process_index, processes.num_processes
+    if args.save_png or evaluator is not None:
+        finished = sorted(set(range(store.num_batches)) - set(missing))
+        for batch in finished[rank::world]:
             hand_on(args, store, evaluator, store.read(batch), store.indices(batch))
-    mine = missing[processes.process_index :: processes.num_processes]
-    for batch in tqdm(mine, disable=not processes.is_main_process, unit="batch", desc=store.target.stem):
+    drawn, sampling = 0, 0.0
+    for batch in tqdm(missing[rank::world], disable=rank > 0, unit="batch", desc=store.target.stem):
+        began = time.perf_counter()
         images = sample_batch(model, config, labels, store.padded_indices(batch))
+        drawn, sampling = drawn + len(store.indices(batch)), sampling + time.perf_counter() - began
         store.write(batch, images)
         hand_on(args, store, evaluator, images, store.indices(batch))
-    processes.wait_for_everyone()
-    seconds = time.perf_counter() - start
-
-    results = None if evaluator is None else evaluator.result()
-    if processes.is_main_process:
-        record = job | run_record(args, model, config, labels, processes) | {
-            "drawn": sum(len(store.indices(batch)) for batch in missing), "seconds": seconds,
-        }  # fmt: skip
-        record["images_per_second"] = record["drawn"] / seconds
-        if results is not None:
-            record["evaluation"] = {"reference": args.evaluate, "features": network.label, **results}
-        finish(args, store, model, config, labels, record)
-    processes.wait_for_everyone()
-    processes.end_training()
+    return {
+        "drawn": sum(len(store.indices(batch)) for batch in missing), "seconds": time.perf_counter() - start,
+        "images_per_second": world * drawn / sampling if drawn else 0.0,
+    }  # fmt: skip
 
 
 # What is asked for
@@ -187,6 +200,8 @@ def label_scheme(args, num_classes: int) -> LabelScheme:
         if not all(part.strip().isdecimal() for part in parts):
             raise InputError(f"--classes: {args.classes!r} was given; whole numbers between commas are needed")
         classes = np.array([int(part) for part in parts])
+        if len(set(classes)) < len(classes):
+            raise InputError(f"--classes: {args.classes} names a class twice")
     if args.label_file is not None:
         name, flag, classes = "file", "--label-file", read_labels(args.label_file, args.num_fid_samples)
     if name == "equal" and args.num_fid_samples % len(classes):
@@ -206,7 +221,8 @@ def read_labels(path: str, count: int) -> np.ndarray:
             labels = np.array(Path(path).read_text().split(), dtype=np.int64)
     except (OSError, ValueError, OverflowError) as error:
         raise InputError(f"--label-file: {path} cannot be read as labels ({error})") from None
-    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or len(labels) < count or labels.min() < 0:
+    whole = labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer)
+    if not whole or len(labels) < count or labels.astype(np.int64).min() < 0:
         raise InputError(f"--label-file: {path} holds {labels.dtype} of shape {labels.shape}; at least {count} (the "
                          "--num-fid-samples) whole numbers >= 0 are needed")  # fmt: skip
     return labels.astype(np.int64)
@@ -216,15 +232,22 @@ def read_labels(path: str, count: int) -> np.ndarray:
 
 
 def output_name(args, model: SimpleNamespace) -> str:
-    """`<run>_<step>_cfg<scale>-<low>-<high>`, with a suffix for every other option that is not the default."""
+    """`<run>_<step>_cfg<scale>-<low>-<high>`, with a suffix for every other option that is not the default.
+
+    Of the options on which the bytes depend, --pproc-batch-size alone is left out: it moves a level in ten thousand.
+    """
     default = generate_parser().get_default
     parts = [f"{model.name}_{model.step:07d}_cfg{args.cfg_scale}-{args.guidance_low}-{args.guidance_high}"]
     if args.mode != default("mode") or args.heun:
         parts.append("heun" if args.heun else args.mode)
     for option, form in (("num_steps", "steps{}"), ("global_seed", "seed{}"), ("num_fid_samples", "n{}"),
-                         ("label_sampling", "{}"), ("num_classes", "classes{}"), ("precision", "{}")):  # fmt: skip
+                         ("label_sampling", "{}"), ("num_classes", "classes{}")):  # fmt: skip
         if getattr(args, option) != default(option):
             parts.append(form.format(getattr(args, option)))
+    if precision_name(args) != "tf32":
+        parts.append(precision_name(args))
+    if args.compile:
+        parts.append("compile")
     if args.classes is not None:
         parts.append(f"only{args.classes.replace(',', '-')}" if len(args.classes) < 40 else "only-some-classes")
     if args.label_file is not None:
@@ -236,7 +259,7 @@ def output_name(args, model: SimpleNamespace) -> str:
     return "_".join(parts).replace(" ", "")
 
 
-def describe_job(args, model: SimpleNamespace) -> dict:
+def describe_job(args, model: SimpleNamespace, device: torch.device) -> dict:
     """All that the images depend on: what an interrupted job must have in common with the one that takes it up."""
     options = {key: value for key, value in vars(args).items() if key not in FREE}
     options |= {"precision": precision_name(args), "path_type": model.args.get("path_type", args.path_type)}
@@ -247,8 +270,11 @@ def describe_job(args, model: SimpleNamespace) -> dict:
         checksums["label_file"] = sha256(args.label_file)
     statistics = b"".join(values.numpy().tobytes() for values in model.latent_stats)
     checksums["latent_statistics"] = hashlib.sha256(statistics).hexdigest()
-    job = {"run": model.name, "step": model.step, "options": options, "sha256": checksums,
-           "tf32": torch.backends.cuda.matmul.allow_tf32, "versions": {"torch": torch.__version__}}  # fmt: skip
+    job = {
+        "run": model.name, "step": model.step, "options": options, "sha256": checksums, "device": device.type,
+        "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "versions": {"torch": torch.__version__} | {name: version(name) for name in ("numpy", "diffusers", "timm")},
+    }  # fmt: skip
     return json.loads(json.dumps(job))
 
 
@@ -262,7 +288,7 @@ def run_record(args, model: SimpleNamespace, config: SamplerConfig, labels: Labe
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
         "versions": {"python": platform.python_version(), "torch": torch.__version__}
-        | {name: version(name) for name in ("timm", "diffusers", "accelerate", "numpy")},
+        | {name: version(name) for name in ("numpy", "diffusers", "timm", "accelerate")},
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }  # fmt: skip
 
@@ -271,11 +297,16 @@ def png_folder(store: SampleStore) -> Path:
     return store.target.with_suffix("")
 
 
-def check_output(args, store: SampleStore, job: dict) -> None:
-    """Refuse to start where the results would have no room, or would replace others."""
-    raw_bytes = store.count * int(np.prod(store.shape[1:]))
-    store.check(job, overwrite=args.overwrite, others=[png_folder(store)] if args.save_png else [],
-                extra_bytes=raw_bytes if args.save_png else 0)  # fmt: skip
+def trajectory_file(store: SampleStore) -> Path:
+    return store.target.with_name(f"{store.target.stem}-trajectory.png")
+
+
+def output_options(args, store: SampleStore) -> dict:
+    """What else than the `.npz` will be written, as `SampleStore.check` takes it."""
+    others = [store.target.with_suffix(".json"), store.target.with_suffix(".png")]
+    others += [trajectory_file(store)] if args.trajectory else []
+    others += [png_folder(store)] if args.save_png else []
+    return {"overwrite": args.overwrite, "others": others, "extra_bytes": math.prod(store.shape) * args.save_png}
 
 
 # Evaluation in the same job
@@ -316,11 +347,13 @@ def move_to(model: SimpleNamespace, device: torch.device, *, compile: bool) -> N
 
 def sample_batch(model: SimpleNamespace, config: SamplerConfig, labels: LabelScheme, indices: range) -> np.ndarray:
     """Images uint8 (B, H, W, 3) of these sample numbers."""
-    x_0 = sample_latents(model.sit, indices, labels(indices).to(model.sit.pos_embed.device), labels.seed, config)
-    if not x_0.isfinite().all():
+    try:
+        images = draw_images(model.sit, model.vae, model.latent_stats, indices,
+                             labels(indices).to(model.sit.pos_embed.device), labels.seed, config)  # fmt: skip
+    except FloatingPointError:
         reason = "they left fp16's range: --precision bf16" if config.precision == "fp16" else "look at its training"
-        raise InputError(f"--exp-path: {model.checkpoint} gives samples that are not finite ({reason})")
-    return decode_latents(model.vae, x_0, *model.latent_stats).permute(0, 2, 3, 1).cpu().numpy()
+        raise InputError(f"--exp-path: {model.checkpoint} gives samples that are not finite ({reason})") from None
+    return images.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def hand_on(args, store: SampleStore, evaluator: Evaluator | None, images: np.ndarray, indices: range) -> None:
@@ -338,18 +371,20 @@ def finish(args, store: SampleStore, model: SimpleNamespace, config: SamplerConf
            record: dict) -> None:  # fmt: skip
     """The contact sheet, the record of how the samples came about, and last the `.npz`: with it the job is done."""
     target = store.target
+    target.unlink(missing_ok=True)  # an old result must not lie beside the new record; the samples are safe
     rows, columns = args.grid
-    save_png(image_grid(store.images()[: rows * columns].transpose(0, 3, 1, 2), columns), target.with_suffix(".png"))
+    shown = store.images()[: rows * columns].transpose(0, 3, 1, 2)
+    save_png(image_grid(shown, min(columns, store.count)), target.with_suffix(".png"))
     if args.trajectory:
         indices = store.padded_indices(0)
         frames = trajectory(model.sit, model.vae, model.latent_stats, indices,
                             labels(indices).to(model.sit.pos_embed.device), labels.seed, config,
                             shown=min(TRAJECTORIES, store.count))  # fmt: skip
         sheet = image_grid(frames.flatten(0, 1), columns=frames.shape[1])
-        save_png(sheet, target.with_name(f"{target.stem}-trajectory.png"))
+        save_png(sheet, trajectory_file(store))
     write_json(target.with_suffix(".json"), record)
     store.finish(labels(range(store.count)).numpy())
-    print(f"{target}: {store.count} samples, {record['drawn']} of them drawn in {record['seconds']:.1f} s")
+    print(f"{target}: {store.count} samples, {record['drawn']} of them drawn now; {record['seconds']:.1f} s")
     for name, value in record.get("evaluation", {}).items():
         print(f"  {name:<32} {value if isinstance(value, str) else format(value, '.6g')}")
 

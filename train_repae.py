@@ -129,9 +129,9 @@ def main(argv: list[str] | None = None) -> None:
         move_to_device(nets, run)
         optimizers = build_optimizers(args, nets, run)
         run.require_room([nets.sit, nets.vae, nets.discriminator], copies=[nets.ema])
+    evaluate = online_evaluation(args, run)
     measured = nets.checkpoint is None and start_normalizer(nets, data, run)
     nets.checkpoint = None  # frees its tensors
-    evaluate = online_evaluation(args, run)
     run.open_folder()
     if measured and run.is_main:
         save_latent_stats(run.folder / "latents-stats.pt", *nets.latent_stats)

@@ -89,7 +89,7 @@ def add_run_flags(parser) -> None:
 
 
 def add_online_evaluation_flags(parser) -> None:
-    """An FID curve while training; see docs/evaluation.md."""
+    """An FID curve while training (docs/evaluation.md, "While training")."""
     online = parser.add_argument_group("online evaluation")
     online.add_argument("--eval-steps", type=natural_int, default=0, help="steps between two evaluations; 0: none")
     online.add_argument("--eval-reference", help="what samples are compared with, as evaluate.py's --reference")
@@ -240,12 +240,14 @@ def generate_parser() -> ArgumentParser:
     parser.add_argument("--label-file", help=".npy or text file with the label of each sample")
     parser.add_argument("--precision", choices=["fp32", "tf32", "bf16", "fp16"], help="of SiT; bf16 and fp16: autocast "
                         "(default: tf32, or fp32 under --no-tf32)")  # fmt: skip
-    parser.add_argument("--grid", type=grid_shape, default=(8, 8), metavar="RxC", help="shape of the contact sheet")
+    parser.add_argument("--grid", type=grid_shape, default="8x8", metavar="RxC", help="shape of the contact sheet")
     on_off(parser, "--ema", True, "the moving average of SiT's weights")
     on_off(parser, "--compile", False, "torch.compile SiT")
     on_off(parser, "--trajectory", False, "also a picture of 8 samples on their way from noise")
     on_off(parser, "--save-png", False, "also write every sample as PNG")
-    on_off(parser, "--overwrite", False, "replace an existing result or interrupted job of this name")
+    on_off(
+        parser, "--overwrite", False, "replace an existing result, or an interrupted job of other options, of this name"
+    )
     on_off(parser, "--tf32", True, "TF32 products in float32 code on CUDA")
     parser.add_argument("--evaluate", metavar="REFERENCE", help="also measure the samples, as evaluate.py --reference")
     add_feature_flags(parser)

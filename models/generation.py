@@ -80,6 +80,19 @@ def decode_latents(vae: AutoencoderKL, x_0: Tensor, scale: Tensor, bias: Tensor)
     return to_uint8(decode(vae, denormalize(x_0.float(), scale, bias)))
 
 
+def draw_images(sit: SiT, vae: AutoencoderKL, latent_stats: tuple[Tensor, Tensor], indices: Sequence[int],
+                labels: Tensor, seed: int, config: SamplerConfig) -> Tensor:  # fmt: skip
+    """Images uint8 (B, 3, H, W) of the samples with these numbers; as `sample_latents` and `decode_latents`.
+
+    Raises:
+        FloatingPointError: a sample is not finite; as an image it would be black, and would be measured as one.
+    """
+    x_0 = sample_latents(sit, indices, labels, seed, config)
+    if not x_0.isfinite().all():
+        raise FloatingPointError("samples are not finite")
+    return decode_latents(vae, x_0, *latent_stats)
+
+
 @torch.no_grad()
 def trajectory(sit: SiT, vae: AutoencoderKL, latent_stats: tuple[Tensor, Tensor], indices: Sequence[int],
                labels: Tensor, seed: int, config: SamplerConfig, *, shown: int, frames: int = 9) -> Tensor:  # fmt: skip

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from models.evaluation import NEIGHBOUR, Evaluator
 from models.features import load_features
-from models.generation import SamplerConfig, decode_latents, sample_latents
+from models.generation import SamplerConfig, draw_images
 from models.reference import read_reference
 from models.sit import SiT
 from utils.distributed import main_first, rank, world_size
@@ -19,9 +19,11 @@ FLAGS = {"--features": "--eval-features", "--inception-weights": "--eval-weights
 
 def online_evaluation(args, run) -> "OnlineEvaluation | None":
     """What --eval-steps and its companions ask for; None where --eval-steps is 0."""
-    if args.eval_steps == 0:
-        return None
     with main_first():
+        if args.eval_steps == 0:
+            if args.eval_reference is not None:
+                raise InputError(f"--eval-reference: {args.eval_reference} was given; it goes with --eval-steps")
+            return None
         if args.eval_reference is None:
             raise InputError("--eval-reference: an ADM reference file, a --save-stats file or images are needed by "
                              "--eval-steps")  # fmt: skip
@@ -71,7 +73,7 @@ class OnlineEvaluation:
         for start in range(rank() * self.batch_size, self.count, world_size() * self.batch_size):
             indices = range(start, start + self.batch_size)  # the last batch keeps its shape; what is over is dropped
             labels = sample_labels(self.seed, indices, sit.num_classes).to(self.device)
-            images = decode_latents(vae, sample_latents(sit, indices, labels, self.seed, self.sampler), *latent_stats)
+            images = draw_images(sit, vae, latent_stats, indices, labels, self.seed, self.sampler)
             kept = min(self.batch_size, self.count - start)
             evaluator.add(images[:kept], torch.tensor(indices[:kept]))
         return evaluator.result()

@@ -120,7 +120,7 @@ def test_a_killed_job_goes_on_and_gives_the_same_file(exps, whole, elsewhere, dr
     folder = elsewhere.folder / "killed"
     name = whole.npz.stem
     assert sorted(path.name for path in folder.iterdir()) == [
-        f"{name}.partial.{kind}" for kind in ("done", "json", "npy")
+        f"{name}.partial.{kind}" for kind in ("done", "json", "lock", "npy")
     ]
     resumed = draw(exps, folder, mode="sde")
     assert {key[-1] for key in draws if key[0] == "normal"} == set(range(16, 24))  # its last batch alone
@@ -163,6 +163,17 @@ def test_an_interrupted_job_of_other_options_is_left_alone(exps, tmp_path, monke
     assert draw(exps, tmp_path, overwrite=True).record["drawn"] == COUNT
 
 
+def test_what_lies_beside_a_result_is_left_alone(exps, tmp_path, capsys):
+    """The record and the pictures of samples that were moved away."""
+    job = draw(exps, tmp_path, trajectory=True)
+    job.npz.unlink()
+    for suffix in (".json", ".png", "-trajectory.png"):
+        file = tmp_path / f"{job.npz.stem}{suffix}"
+        assert f"{file} exists already" in refused(flags(exps, tmp_path, trajectory=True), capsys, tmp_path)
+        file.unlink()
+    assert draw(exps, tmp_path, trajectory=True).record["drawn"] == COUNT
+
+
 def test_a_changed_checkpoint_is_another_job(exps, tmp_path, monkeypatch, capsys):
     interrupt(exps, tmp_path, monkeypatch, after=1)
     changed = tmp_path / "exps" / "repae" / "checkpoints"
@@ -175,7 +186,7 @@ def test_an_existing_result_is_left_alone(exps, tmp_path, capsys):
     first = draw(exps, tmp_path)
     line = refused(flags(exps, tmp_path), capsys, tmp_path)
     assert f"--sample-dir: {first.npz} exists already; --overwrite" in line
-    refused(flags(exps, tmp_path, num_fid_samples=20, num_steps=3, tf32=False), capsys, tmp_path)
+    refused(flags(exps, tmp_path, num_fid_samples=20, num_steps=3, pproc_batch_size=5), capsys, tmp_path)
     assert draw(exps, tmp_path, overwrite=True).record["drawn"] == COUNT
 
 
@@ -224,7 +235,7 @@ def test_record(exps, whole):
     assert record["options"] == json.loads(json.dumps(parsed))
     assert record["labels"] == "random" and record["sampler"]["mode"] == "sde" and record["nfe"] == 3
     assert record["drawn"] == COUNT and record["processes"] == record["threads"] == 1
-    assert record["images_per_second"] == pytest.approx(COUNT / record["seconds"])
+    assert record["images_per_second"] >= COUNT / record["seconds"] > 0  # of sampling alone
     assert record["versions"]["torch"] == torch.__version__ and record["device"].endswith("CPU")
     assert whole.npz.name == "repae_0000007_cfg1.5-0.0-1.0_sde_steps3_n20.npz"
     assert whole.images.dtype == np.uint8 and whole.images.shape == (COUNT, SIDE, SIDE, 3)

@@ -202,6 +202,7 @@ def test_previews_are_the_same_for_any_number_of_processes(exps, monkeypatch):
         ("repae", dict(vae_ckpt="{folder}/none.pt"), ["--vae-ckpt: {folder}/none.pt does not exist"]),
         ("repae", dict(classes="3,10"), ["--classes: class 10 was asked for; this model has classes 0..9"]),
         ("repae", dict(classes="3;4"), ["--classes: '3;4' was given", "between commas"]),
+        ("repae", dict(classes="7,2,7"), ["--classes: 7,2,7 names a class twice"]),
         ("repae", dict(classes=""), ["--classes: '' was given"]),
         ("repae", dict(classes="3", num_classes=4), ["--num-classes and --classes were both given"]),
         ("repae", dict(label_sampling="equal", num_fid_samples=21), ["--label-sampling equal: 21 samples"]),

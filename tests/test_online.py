@@ -1,13 +1,14 @@
 """Evaluation in the middle of training: what it writes, and that the training does not notice it."""
 
 import json
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
 import train_ldm_only
 import train_repae
+from models.online import OnlineEvaluation
 from tests import small
 
 SCRIPTS = {"repae": (train_repae, small.repae_options), "ldm": (train_ldm_only, small.ldm_options)}
@@ -31,28 +32,31 @@ def test_a_curve_that_does_not_disturb_the_run(kind, place, tmp_path):
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
+def test_an_evaluation_does_not_count_as_training_time(place, tmp_path, monkeypatch):
+    """By a clock that a step moves on by a second, and an evaluation by a thousand."""
+    clock, step = [0.0], train_ldm_only.train_step
+
+    def spend(seconds, result):
+        clock[0] += seconds
+        return result
+
+    monkeypatch.setattr("utils.run.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(train_ldm_only, "train_step", lambda *args, **more: spend(1, step(*args, **more)))
+    monkeypatch.setattr(OnlineEvaluation, "__call__", lambda *args: spend(1000, {"fd": 1.0}))
+    online = dict(eval_steps=1, eval_reference=place.data, eval_samples=10, eval_features=place.encoder)
+    train_ldm_only.main(small.ldm_options(place, tmp_path, "run", **online))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["images_per_second"] for row in rows] == [8, 8, 8, 8]
+
+
 def test_what_is_missing_is_said_before_anything_is_written(place, tmp_path, capsys):
     for flags, needed in (({}, "--eval-reference"), (dict(eval_reference=tmp_path / "no"), "--eval-reference"),
                           (dict(eval_reference=place.data, eval_features="nonsense"), "--eval-features"),
-                          (dict(eval_reference=place.data, eval_samples=3), "--eval-samples: 3 was")):  # fmt: skip
-        usual = dict(eval_features=place.encoder)
+                          (dict(eval_reference=place.data, eval_samples=3), "--eval-samples: 3 was"),
+                          (dict(eval_reference=place.data, eval_steps=0), "it goes with --eval-steps")):  # fmt: skip
+        usual = dict(eval_features=place.encoder, eval_steps=2)
         with pytest.raises(SystemExit) as stopped:
-            train_repae.main(small.repae_options(place, tmp_path, "run", eval_steps=2, **usual | flags))
+            train_repae.main(small.repae_options(place, tmp_path, "run", **usual | flags))
         assert stopped.value.code == 2 and not (tmp_path / "run").exists()
         error = capsys.readouterr().err.strip().splitlines()
         assert needed in error[-1]
-
-
-def test_two_processes_refuse_with_one_line(place, tmp_path):
-    """Once where rank 0 alone looks (no such file), once where all do (statistics of another space)."""
-    stats = tmp_path / "stats.npz"
-    meta = dict(format=1, features="inception", size=[24, 24], count=20, source="")
-    np.savez(stats, mu=np.zeros(2048), sigma=np.eye(2048), meta=np.array(json.dumps(meta)))
-    for reference, needed in ((tmp_path / "no", "does not exist"), (stats, "made in the space of inception")):
-        flags = dict(eval_steps=2, eval_reference=reference, eval_features=place.encoder)
-        done = small.run_python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_repae.py",
-                                *small.repae_options(place, tmp_path, "run", **flags))  # fmt: skip
-        lines = [line for line in done.stderr.splitlines() if ": error: " in line]
-        assert done.returncode and len(lines) == 1 and needed in lines[0], done.stderr
-        assert lines[0].startswith("train_repae.py: error: --eval-reference: ")
-        assert not (tmp_path / "run").exists()

@@ -1,6 +1,8 @@
 """The store of finished samples: nothing is lost, nothing is taken for finished that is not, memory stays small."""
 
+import fcntl
 import json
+import os
 from collections import namedtuple
 from pathlib import Path
 
@@ -20,7 +22,8 @@ def make(folder: Path, count: int = 10, batch_size: int = 4, side: int = 3) -> S
 def start(folder: Path, job: dict = JOB, *, overwrite: bool = False, **shape) -> SampleStore:
     store = make(folder, **shape)
     store.check(job, overwrite=overwrite)
-    store.create(job)
+    store.create(job, overwrite=overwrite)
+    store.release()
     return store
 
 
@@ -66,11 +69,43 @@ def test_an_unfinished_job_gets_no_npz(tmp_path):
 
 def test_a_batch_counts_as_finished_only_when_it_is_on_disk(tmp_path, monkeypatch):
     store = start(tmp_path)
-    synced = []
-    fsync = lambda descriptor: synced.append(Path(f"/proc/self/fd/{descriptor}").resolve().name)  # noqa: E731
-    monkeypatch.setattr("os.fsync", lambda d: (fsync(d), synced.append(tuple(store.missing())))[0])
+    written, pwrite = [], os.pwrite
+
+    def noted(descriptor, data, offset):
+        durable = bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DSYNC)
+        count = pwrite(descriptor, data, offset)
+        written.append((Path(f"/proc/self/fd/{descriptor}").resolve().name, durable, store.missing()))
+        return count
+
+    monkeypatch.setattr("os.pwrite", noted)
     store.write(1, batch_of(store, 1))
-    assert synced == ["r.partial.npy", (0, 1, 2), "r.partial.done", (0, 2)]
+    assert written == [("r.partial.npy", True, [0, 1, 2]), ("r.partial.done", True, [0, 2])]
+
+
+def test_a_disk_that_takes_a_part_of_a_write_gets_the_rest(tmp_path, monkeypatch):
+    pwrite = os.pwrite
+    monkeypatch.setattr("os.pwrite", lambda descriptor, data, offset: pwrite(descriptor, data[:7], offset))
+    store = start(tmp_path)
+    store.write(1, batch_of(store, 1))
+    assert np.array_equal(store.read(1), batch_of(store, 1))
+
+
+def test_two_jobs_do_not_share_a_name(tmp_path):
+    """Also not when the other one began after the check, or ended since."""
+    first, second = make(tmp_path), make(tmp_path)
+    for store in (first, second):
+        store.check(JOB, overwrite=False)
+    first.create(JOB)
+    with pytest.raises(InputError, match=r"--sample-dir: another job is at work on .*r\.npz"):
+        second.create(JOB, overwrite=True)
+    for batch in range(3):
+        first.write(batch, batch_of(first, batch))
+    first.finish(np.arange(10))
+    first.release()
+    with pytest.raises(InputError, match=r"r\.npz exists already"):
+        second.create(JOB)
+    second.release()
+    assert [path.name for path in first.target.parent.iterdir()] == ["r.npz"]
 
 
 def test_the_same_job_goes_on(tmp_path):
@@ -97,7 +132,9 @@ def test_another_job_is_refused_or_on_request_replaces(tmp_path, job, difference
     assert start(tmp_path, job, overwrite=True).missing() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("damage", ["truncated images", "truncated marks", "no images", "no JSON"])
+@pytest.mark.parametrize(
+    "damage", ["empty images", "no object", "truncated images", "truncated marks", "no images", "no JSON"]
+)
 def test_damaged_partial_files_are_not_taken_up(tmp_path, damage):
     store = start(tmp_path)
     for batch in range(3):
@@ -106,6 +143,10 @@ def test_damaged_partial_files_are_not_taken_up(tmp_path, damage):
         store.images_file.write_bytes(store.images_file.read_bytes()[:-1])
     elif damage == "truncated marks":
         store.done_file.write_bytes(store.done_file.read_bytes()[:-1])
+    elif damage == "empty images":
+        store.images_file.write_bytes(b"")
+    elif damage == "no object":
+        store.job_file.write_text("[]")
     elif damage == "no images":
         store.images_file.unlink()
     else:
@@ -137,6 +178,7 @@ def test_other_outputs_are_not_written_into_unless_they_are_the_jobs_own(tmp_pat
     with pytest.raises(InputError, match=r"--sample-dir: .*out/r exists already"):
         store.check(JOB, overwrite=False, others=[folder])
     store.create(JOB)
+    store.release()
     make(tmp_path).check(JOB, overwrite=False, others=[folder])
 
 

@@ -55,7 +55,10 @@ def read_checkpoint(path: str | Path, *, need: tuple[str, ...] = ("model", "ema"
     if checkpoint.get("format", FORMAT) > FORMAT:
         raise InputError(f"{path} has format {checkpoint['format']}; this code reads up to {FORMAT}")
     args = checkpoint.get("args", {})
-    checkpoint["args"] = dict(vars(args)) if isinstance(args, argparse.Namespace) else dict(args)
+    checkpoint["args"] = dict(vars(args)) if isinstance(args, argparse.Namespace) else args
+    for key in ("args", *need):
+        if key != "steps" and not isinstance(checkpoint[key], dict):
+            raise InputError(f"{path}: {key} is a {type(checkpoint[key]).__name__}; a dict is needed")
     return checkpoint
 
 

@@ -41,9 +41,37 @@ def gather_rows(tensor: torch.Tensor) -> torch.Tensor:
     return torch.cat([part[:count] for part, count in zip(parts, counts.tolist(), strict=True)]).to(tensor.device)
 
 
+def from_main(value):
+    """Rank 0's value, any plain object, on every process."""
+    values = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
 def _device() -> torch.device:
     """Where the process group's backend wants its tensors."""
     return torch.device("cuda" if "nccl" in dist.get_backend() else "cpu")
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """All processes run the block, each its own share, and wait for each other; when it fails on one, all leave.
+
+    The block makes no collective call. The processes that failed say why, with their ranks.
+    """
+    failure = None
+    try:
+        yield
+    except InputError as error:
+        failure = error
+    failures = torch.tensor(float(failure is not None))
+    all_sum(failures)
+    if failures > 0 and failure is None:
+        failure = InputError("another process failed")
+        failure.printed = True
+    if failure is not None:
+        raise failure
 
 
 @contextlib.contextmanager

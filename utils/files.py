@@ -46,13 +46,19 @@ def sync(path: str | os.PathLike) -> None:
 
 
 def write_at(path: str | os.PathLike, offset: int, data) -> None:
-    """Overwrite the bytes of a file from `offset` on with a contiguous buffer; `sync` then brings them to the disk.
+    """Overwrite the bytes of a file from `offset` on with a contiguous buffer, and bring them to the disk.
 
-    Unlike a shared memory map, a full disk is an OSError, and other processes' neighbouring bytes stay theirs.
+    Unlike a shared memory map, a full disk is an OSError, and other processes' neighbouring bytes stay theirs: opened
+    so, Linux's NFS client sends these bytes alone, not the whole pages they lie in.
     """
-    with Path(path).open("r+b") as file:
-        file.seek(offset)
-        file.write(data)
+    descriptor = os.open(path, os.O_WRONLY | os.O_DSYNC)
+    try:
+        left = memoryview(data).cast("B")
+        while left:
+            written = os.pwrite(descriptor, left, offset)
+            left, offset = left[written:], offset + written
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: str | os.PathLike, value: object) -> None:
@@ -65,6 +71,20 @@ def sha256(path: str | os.PathLike) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def require_writable(path: str | os.PathLike, flag: str) -> None:
+    """Refuse a path at which no file could be made; nothing is written.
+
+    Raises:
+        InputError: the path is a folder, or the nearest folder above it is a file or cannot be written.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{flag}: {path} is a folder; the name of a file is needed")
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"{flag}: {parent} is no folder that can be written")
 
 
 def require_disk(path: str | os.PathLike, bytes_needed: int, what: str) -> None:

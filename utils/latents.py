@@ -155,11 +155,9 @@ class LatentCache:
         self._unflushed.append((first, len(rows)))
 
     def flush(self) -> None:
-        """Bring the rows to the disk, and only then mark them as finished."""
-        sync(self.part_array)
+        """Mark the rows written so far, which are on the disk, as finished."""
         for first, count in self._unflushed:
             write_at(self.part_done, first + self._done_offset, b"\1" * count)
-        sync(self.part_done)
         self._unflushed.clear()
 
     def statistics(self, max_rows: int = 50_000) -> tuple[Tensor, Tensor]:
@@ -174,7 +172,6 @@ class LatentCache:
     def finish(self, **extra: object) -> None:
         """Give the whole cache its names, with `extra` entries in the JSON; on one process, after all have flushed."""
         assert open_memmap(self.part_done, "r").all(), "rows are missing"
-        sync(self.part_array)
         self.array_path.unlink(missing_ok=True)  # an old array must never lie beside the new description
         write_json(self.json_path, self.description | extra)
         self.part_array.replace(self.array_path)

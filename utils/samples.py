@@ -2,14 +2,14 @@
 
 import glob
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from utils.errors import InputError
-from utils.files import require_disk, sync, write_at, write_json
+from utils.files import require_disk, require_writable, sync, write_at, write_json
 from utils.npz import write_npz
 
 FLAG = "--sample-dir"
@@ -19,9 +19,9 @@ class SampleStore:
     """Images of a job beside its future `.npz`, with a mark for every batch that is finished.
 
     `<stem>.partial.npy` is the memory-mapped array of all images, `<stem>.partial.done` holds a byte for each batch,
-    and `<stem>.partial.json` says what the images depend on. Every process writes its own batches into the same files
-    (not through the map: on a network file system two machines that write different bytes of one page would undo each
-    other, and a full disk would kill the process).
+    `<stem>.partial.json` says what the images depend on, and `<stem>.partial.lock` is held by the job that is at work.
+    Every process writes its own batches into the same files (not through the map: on a network file system two machines
+    that write different bytes of one page would undo each other, and a full disk would kill the process).
 
     Args:
         target: the final `.npz`.
@@ -37,8 +37,9 @@ class SampleStore:
         self.images_file, self.done_file, self.job_file = self.partial_files = [
             target.with_name(f"{target.stem}.partial.{kind}") for kind in ("npy", "done", "json")
         ]
+        self._lock = FileLock(target.with_name(f"{target.stem}.partial.lock"), timeout=0)
 
-    def check(self, job: dict, *, overwrite: bool, others: Sequence[Path] = (), extra_bytes: int = 0) -> None:
+    def check(self, job: dict, *, overwrite: bool = False, others: Sequence[Path] = (), extra_bytes: int = 0) -> None:
         """Find out whether the job may start or go on; nothing is written.
 
         Args:
@@ -50,6 +51,7 @@ class SampleStore:
         Raises:
             InputError: a result or a partial job of other options is there, the disk is too small or not writable.
         """
+        require_writable(self.target, FLAG)
         if self.target.exists() and not overwrite:
             raise InputError(f"{FLAG}: {self.target} exists already; --overwrite replaces it")
         goes_on = self._is_partial(job)
@@ -58,22 +60,33 @@ class SampleStore:
                 raise InputError(f"{FLAG}: {self.job_file} is of an interrupted job that this one cannot go on with "
                                  f"({_differences(self._read_job(), job)}); --overwrite discards it")  # fmt: skip
             for path in filter(Path.exists, others):
-                raise InputError(f"{FLAG}: {path} exists already; --overwrite writes into it")
-        parent = next(path for path in self.target.absolute().parents if path.exists())
-        if not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise InputError(f"{FLAG}: {parent} is no folder that can be written")
+                raise InputError(f"{FLAG}: {path} exists already; --overwrite replaces it")
         # The partial array (a sparse file: its blocks come as they are written), and then the .npz beside it.
-        there = self.images_file.stat().st_blocks * 512 if goes_on else 0
+        there = self.images_file.stat().st_blocks * 512 if self.images_file.is_file() else 0
         needed = 2 * int(np.prod(self.shape, dtype=np.int64)) + extra_bytes - there
         require_disk(self.target, needed, f"{FLAG}: the samples")
 
-    def create(self, job: dict) -> None:
-        """Take up the partial files of the same job, else replace whatever there is by new ones; on one process."""
+    def create(self, job: dict, **check) -> None:
+        """Take up the partial files of the same job, else replace whatever there is by new ones; on one process.
+
+        From here on no other job can take this name, until `release` or the end of the process.
+
+        Args:
+            check: as of `check`, which is made again: another job may have begun or ended in between.
+
+        Raises:
+            InputError: as `check`; or another job is at work under this name.
+        """
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise InputError(f"{FLAG}: another job is at work on {self.target}") from None
+        self.check(job, **check)
         for unfinished in self.target.parent.glob(f"{glob.escape(self.target.name)}.tmp-*"):  # killed in `finish`
             unfinished.unlink()
         if self._is_partial(job):
             return
-        self.target.parent.mkdir(parents=True, exist_ok=True)
         self.discard()
         np.lib.format.open_memmap(self.images_file, mode="w+", dtype=np.uint8, shape=self.shape)
         self.done_file.write_bytes(bytes(self.num_batches))
@@ -109,9 +122,7 @@ class SampleStore:
         expected = (len(indices), *self.shape[1:])
         assert images.dtype == np.uint8 and images.shape == expected, (images.dtype, images.shape, expected)
         write_at(self.images_file, self.images().offset + indices.start * images[0].nbytes, images.data)
-        sync(self.images_file)  # before the mark
         write_at(self.done_file, batch, b"\1")
-        sync(self.done_file)
 
     def finish(self, labels: np.ndarray) -> None:
         """Write the `.npz` (arr_0 images, arr_1 labels, as guided-diffusion does) and remove the partial files."""
@@ -123,20 +134,27 @@ class SampleStore:
         for file in reversed(self.partial_files):  # the job's description first: the rest is nothing without it
             file.unlink(missing_ok=True)
 
+    def release(self) -> None:
+        """Let other jobs take this name; on the process that called `create`, and without effect on others."""
+        if self._lock.is_locked:
+            Path(self._lock.lock_file).unlink(missing_ok=True)
+            self._lock.release()
+
     def _is_partial(self, job: dict) -> bool:
         """Whether whole partial files of this very job are there."""
         if not all(file.is_file() for file in self.partial_files) or self._read_job() != job:
             return False
         try:
             return self.images().shape == self.shape and self.done_file.stat().st_size == self.num_batches
-        except ValueError:  # truncated
+        except (ValueError, EOFError):  # truncated
             return False
 
     def _read_job(self) -> dict:
         try:
-            return json.loads(self.job_file.read_text())
+            job = json.loads(self.job_file.read_text())
         except ValueError:
             return {}
+        return job if isinstance(job, dict) else {}
 
 
 def _differences(earlier: dict, job: dict) -> str:
