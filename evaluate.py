@@ -22,19 +22,20 @@ from pathlib import Path
 import torch
 
 from loss.perceptual import load_lpips
-from models.evaluation import compare, extract
+from models.evaluation import NOTHING, compare, extract, require_neighbours
 from models.features import load_features
 from models.reconstruction import check_size, comparison_picture, measure_reconstruction
 from models.reference import read_reference, reference_images, save_reference
 from models.vae import load_vae
 from utils.distributed import main_first, rank, world_size
 from utils.errors import InputError, about, command
-from utils.files import write_json
+from utils.files import require_writable, write_json
 from utils.image_sources import Source, Subset, open_images, require_size, spread
 from utils.images import save_png
 from utils.run import start_processes
 
-logger = logging.getLogger(__name__)
+SAMPLE_FLAGS = ("samples", "reference", "save_stats", "overwrite")
+RECONSTRUCTION_FLAGS = ("vae_ckpt", "vae", "data_dir", "max_images", "num_picture", "lpips", "lpips_weights")
 
 
 @command
@@ -46,6 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         with main_first():
             check_flags(args)
+            check_outputs(args)
         if args.reconstruct:
             evaluate_reconstruction(args, accelerator.device)
         else:
@@ -62,6 +64,12 @@ def check_flags(args: argparse.Namespace) -> None:
     ):
         if given and not fits:
             raise InputError(f"{flag}: {given} was given, but --features {args.features} does not read it")
+    others = SAMPLE_FLAGS if args.reconstruct else RECONSTRUCTION_FLAGS
+    for name in (name for name in others if getattr(args, name) != evaluate_parser().get_default(name)):
+        flag, rule = f"--{name.replace('_', '-')}", "does not go" if args.reconstruct else "goes"
+        raise InputError(f"{flag}: {getattr(args, name)} was given; it {rule} with --reconstruct")
+    if args.lpips_weights and not args.lpips:
+        raise InputError(f"--lpips-weights: {args.lpips_weights} was given, but --no-lpips does not read it")
     if args.reconstruct:
         if not args.vae_ckpt or len(args.vae_ckpt) > 2:
             raise InputError(f"--vae-ckpt: {len(args.vae_ckpt or [])} VAEs were given; --reconstruct needs one or two")
@@ -72,8 +80,22 @@ def check_flags(args: argparse.Namespace) -> None:
         raise InputError("--reference is needed, with --samples or --save-stats; or --reconstruct with --vae-ckpt")
     if args.features == "none":
         raise InputError("--features: 'none' was given; samples need a feature space")
-    if args.save_stats and Path(args.save_stats).exists() and not args.overwrite:
-        raise InputError(f"--save-stats: {args.save_stats} exists already; give another name or --overwrite")
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Refuse before the work what could not be written after it, or would replace what is read."""
+    for flag, path, suffix in (("--output", args.output, ".json"), ("--save-stats", args.save_stats, ".npz")):
+        if path is not None:
+            if Path(path).suffix != suffix:
+                raise InputError(f"{flag}: {path} was given; a name that ends with {suffix} is needed")
+            require_writable(path, flag)
+    if args.output is None and (measured := args.vae_ckpt[-1] if args.reconstruct else args.samples):
+        require_writable(beside(measured, "numbers"), "--output")
+    if args.save_stats and Path(args.save_stats).exists():
+        if Path(args.save_stats).resolve() == Path(args.reference).resolve():
+            raise InputError(f"--save-stats: {args.save_stats} is the --reference itself; another name is needed")
+        if not args.overwrite:
+            raise InputError(f"--save-stats: {args.save_stats} exists already; give another name or --overwrite")
 
 
 # Samples
@@ -108,6 +130,7 @@ def open_samples(args: argparse.Namespace) -> tuple[Source | None, tuple[int, in
     if args.samples:
         with about("--samples"):
             samples = open_images(args.samples)
+            require_neighbours(args.samples, len(samples))
     with about("--reference"):
         images = reference_images(args.reference)
         if samples is None:
@@ -141,10 +164,14 @@ def evaluate_reconstruction(args: argparse.Namespace, device: torch.device) -> N
         lpips = load_lpips(args.lpips_weights) if args.lpips else None
     for module in filter(None, (*vaes.values(), network, lpips)):
         module.to(device)
-    results = {
-        name: measure_reconstruction(vae, source, device, batch_size=args.batch_size, network=network, lpips=lpips)
-        for name, vae in vaes.items()
-    }
+    originals = None
+    if network is not None:
+        originals = extract(source, network, device, batch_size=args.batch_size, keep=NOTHING, description="originals")
+    results = {}
+    for name, vae in vaes.items():
+        with about("--vae-ckpt"):
+            results[name] = measure_reconstruction(vae, source, device, batch_size=args.batch_size, network=network,
+                                                   originals=originals, lpips=lpips)  # fmt: skip
     if rank() == 0:
         output = Path(args.output or beside(args.vae_ckpt[-1], "reconstruction"))
         about_run = {
@@ -170,7 +197,7 @@ def load_vaes(args: argparse.Namespace, source: Source) -> dict[str, torch.nn.Mo
     for name, path, architecture in zip(names, paths, architectures, strict=True):
         vaes[name] = load_vae(architecture, path).requires_grad_(False)
         with about("--data-dir"):
-            check_size(vaes[name], source)
+            check_size(vaes[name], source, lpips=args.lpips)
     return vaes
 
 

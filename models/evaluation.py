@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from models.features import exact_float32
-from utils.distributed import all_sum, gather_rows, main_first, rank, world_size
+from utils.distributed import all_sum, from_main, gather_rows, main_first, rank, together, world_size
 from utils.errors import InputError
 from utils.image_sources import read_batches
 from utils.metrics import Statistics, frechet_distance, inception_score, precision_recall
@@ -25,6 +25,7 @@ from utils.metrics import Statistics, frechet_distance, inception_score, precisi
 logger = logging.getLogger(__name__)
 
 NEIGHBOUR = 3  # k of precision and recall
+NOTHING = torch.empty(0, dtype=torch.int64)  # keep no feature
 FEATURE_BLOCK = 5000  # rows; also the block of the Inception Score
 
 
@@ -132,10 +133,10 @@ def extract(
     """The feature set of a source of images (`utils.image_sources`); the processes share the work (`FeatureStream`)."""
     stream = FeatureStream(network, device, batch_size=batch_size, keep=keep)
     bar = tqdm(total=len(source), desc=description, unit="image", disable=rank() > 0)
-    for indices, images in read_batches(source, batch_size, rank=rank(), world_size=world_size()):
-        stream.add(images, indices)
-        bar.update(min(len(source) - bar.n, batch_size * world_size()))
-    bar.close()
+    with together(), bar:
+        for indices, images in read_batches(source, batch_size, rank=rank(), world_size=world_size()):
+            stream.add(images, indices)
+            bar.update(min(len(source) - bar.n, batch_size * world_size()))
     return stream.finish()
 
 
@@ -167,32 +168,21 @@ def compare(samples: FeatureSet, reference: FeatureSet, network: nn.Module, devi
     """
     inception = network.label == "inception"
     suffix = "" if inception else f"_{network.label}"
-    _warn_if_few("samples", samples.count, network.dim)
-    _warn_if_few("reference", reference.count, network.dim)
-    results = {"fid" if inception else f"fd{suffix}": 0.0}
-    if inception:
+    warn_if_few("samples", samples.count, network.dim)
+    warn_if_few("reference", reference.count, network.dim)
+    results = {}
+    if rank() == 0:
+        results["fid" if inception else f"fd{suffix}"] = frechet_distance(*samples.pool, *reference.pool)
         if samples.spatial and reference.spatial:
-            results["sfid"] = 0.0
-        results |= dict.fromkeys(("inception_score", "inception_score_std"), 0.0)
-    if rank() == 0:  # the other ranks add zeros to these
-        results |= _distances(samples, reference, suffix)
+            results["sfid"] = frechet_distance(*samples.spatial, *reference.spatial)
         if inception:
             results |= _inception_score(samples.features, network, device)
     if reference.features is not None:
         for form, half in (("", False), ("_adm", True)) if inception else (("", False),):
             names = (f"precision{form}{suffix}", f"recall{form}{suffix}")
-            values = _precision_recall(reference.features, samples.features, device, half)
-            results |= zip(names, values if rank() == 0 else (0.0, 0.0), strict=True)
-    values = torch.tensor(list(results.values()), dtype=torch.float64)
-    all_sum(values)
-    return dict(zip(results, values.tolist(), strict=True))
-
-
-def _distances(samples: FeatureSet, reference: FeatureSet, suffix: str) -> dict[str, float]:
-    found = {f"fd{suffix}" if suffix else "fid": frechet_distance(*samples.pool, *reference.pool)}
-    if samples.spatial and reference.spatial:
-        found["sfid"] = frechet_distance(*samples.spatial, *reference.spatial)
-    return found
+            values = _precision_recall(reference.features, samples.features, device, half)  # by all together
+            results |= zip(names, values, strict=True)
+    return from_main(results)
 
 
 def _inception_score(features: Tensor, network: nn.Module, device: torch.device) -> dict[str, float]:
@@ -217,7 +207,7 @@ def require_neighbours(what: str, count: int) -> None:
         raise InputError(f"{what}: {count} images were given; precision and recall need more than {NEIGHBOUR}")
 
 
-def _warn_if_few(what: str, count: int | None, dim: int) -> None:
+def warn_if_few(what: str, count: int | None, dim: int) -> None:
     if count is not None and count <= dim and rank() == 0:
         logger.warning(
             "%s: %d images for %d dimensions: the covariance is singular, and the distance far larger than from many "

@@ -47,7 +47,9 @@ def load_features(name: str, size: tuple[int, int], *, weights: str | Path | Non
                 return DINOv2ClassToken(name, weights)
             return MeanToken(name, size[0], weights)
     except InputError as error:  # an encoder is called --enc-type elsewhere
-        raise InputError(str(error).replace("--enc-type", "--features")) from None
+        for flag, here in (("--enc-type", "--features"), ("--resolution: ", "--features: images with a side of ")):
+            error.args = (str(error).replace(flag, here),)
+        raise
 
 
 class DINOv2ClassToken(nn.Module):
@@ -64,7 +66,8 @@ class DINOv2ClassToken(nn.Module):
         self.label, self.dim = name, spec.width
         self.network = build(spec, STEIN_SIZE // spec.patch * 16)  # 16 pixels of the run are a patch of 14
         path = find_weights(spec, weights)
-        load_weights(self.network, spec, path)
+        with about("--enc-ckpt" if weights else "--features"):
+            load_weights(self.network, spec, path)
         positions = read_weights(path)["pos_embed"]
         self.network.pos_embed.data = dinov2_positions(positions.float(), STEIN_SIZE // spec.patch)
         for key, values in zip(("mean", "std"), spec.mean_std, strict=True):

@@ -13,10 +13,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from models.evaluation import FeatureStream
+from models.evaluation import NOTHING, FeatureSet, FeatureStream, warn_if_few
 from models.features import exact_float32
 from models.vae import decode, downsampling, encode_moments, split_moments
-from utils.distributed import gather_rows, rank, world_size
+from utils.distributed import gather_rows, rank, together, world_size
 from utils.errors import InputError
 from utils.image_sources import Source, read_batches
 from utils.images import image_grid, to_signed, to_uint8
@@ -27,9 +27,16 @@ SMALLEST_SHOWN = 96  # pixels; smaller images are enlarged by whole factors
 
 
 def reconstruct(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Reconstructions uint8 (B, 3, H, W) through the posterior's mean, and that mean z (B, C, h, w)."""
+    """Reconstructions uint8 (B, 3, H, W) through the posterior's mean, and that mean z (B, C, h, w).
+
+    Raises:
+        InputError: a value is not finite; as an image it would be measured like any other.
+    """
     z, _ = split_moments(encode_moments(vae, to_signed(images)))
-    return to_uint8(decode(vae, z)), z
+    pixels = decode(vae, z)
+    if not pixels.isfinite().all():
+        raise InputError("the VAE's reconstruction of some image is not finite: its weights are damaged")
+    return to_uint8(pixels), z
 
 
 def measure_reconstruction(
@@ -39,6 +46,7 @@ def measure_reconstruction(
     *,
     batch_size: int = 64,
     network: nn.Module | None = None,
+    originals: FeatureSet | None = None,
     lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> dict[str, float]:
     """Reconstruction metrics over all processes, on each of them, whatever the batch size.
@@ -46,48 +54,48 @@ def measure_reconstruction(
     Args:
         vae: on `device`.
         network: feature network for rFID (or the distance of another space), on `device`; None: left out.
+        originals: the source's features in that network (`models.evaluation.extract`); they go together.
         lpips: (pixels, pixels) in [-1, 1] -> (B, 1, 1, 1), on `device`; None: left out.
     Returns:
         psnr (dB), ssim, lpips: means of the per-image values; rfid, or rfd_<label> in another space than Inception's.
     Raises:
-        InputError: images that the VAE cannot take.
+        InputError: images that the VAE cannot take, reconstructions that are not finite.
     """
-    check_size(vae, source)
-    streams = []
-    if network is not None:
-        nothing = torch.empty(0, dtype=torch.int64)  # no feature is kept
-        streams = [FeatureStream(network, device, batch_size=batch_size, keep=nothing) for _ in range(2)]
+    assert (network is None) == (originals is None), "the network and the originals' features go together"
+    check_size(vae, source, lpips=lpips is not None)
+    stream = None if network is None else FeatureStream(network, device, batch_size=batch_size, keep=NOTHING)
     numbers, values = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, 3, dtype=torch.float64)]
     bar = tqdm(total=len(source), desc="reconstruction", unit="image", disable=rank() > 0)
-    for indices, images in read_batches(source, batch_size, rank=rank(), world_size=world_size()):
-        images = images.to(device)
-        with exact_float32(device):
-            reconstructions = _reconstruct_padded(vae, images, batch_size)
-            values.append(_per_image(images, reconstructions, lpips))
-        numbers.append(indices)
-        for stream, batch in zip(streams, (images, reconstructions), strict=bool(streams)):
-            stream.add(batch, indices)
-        bar.update(min(len(source) - bar.n, batch_size * world_size()))
-    bar.close()
+    with together(), bar:
+        for indices, images in read_batches(source, batch_size, rank=rank(), world_size=world_size()):
+            images = images.to(device)
+            with exact_float32(device):
+                reconstructions = _reconstruct_padded(vae, images, batch_size)
+                values.append(_per_image(images, reconstructions, lpips))
+            numbers.append(indices)
+            if stream is not None:
+                stream.add(reconstructions, indices)
+            bar.update(min(len(source) - bar.n, batch_size * world_size()))
 
     numbers, values = gather_rows(torch.cat(numbers)), gather_rows(torch.cat(values))
     means = values[numbers.argsort()].mean(0).tolist()
     results = dict(zip(("psnr", "ssim", "lpips"), means, strict=True))
     if lpips is None:
         del results["lpips"]
-    if streams:
-        originals, reconstructions = (stream.finish() for stream in streams)
+    if stream is not None:
+        warn_if_few("reconstructions", len(source), network.dim)
         name = "rfid" if network.label == "inception" else f"rfd_{network.label}"
-        results[name] = frechet_distance(*originals.pool, *reconstructions.pool)
+        results[name] = frechet_distance(*originals.pool, *stream.finish().pool)
     return results
 
 
-def check_size(vae: AutoencoderKL, source: Source) -> None:
+def check_size(vae: AutoencoderKL, source: Source, *, lpips: bool) -> None:
     """Raise `InputError` unless the VAE and the metrics take the images."""
-    factor = downsampling(vae)
-    if any(side % factor or side < 11 for side in source.size):
+    factor, smallest = downsampling(vae), 16 if lpips else 11  # VGG16 halves four times; the window of SSIM
+    if any(side % factor or side < smallest for side in source.size):
         height, width = source.size
-        raise InputError(f"{source.name} has {height} x {width} images; multiples of {factor}, 11 at least, are needed")
+        needed = f"multiples of {factor}, {smallest} at least, are needed"
+        raise InputError(f"{source.name} has {height} x {width} images; {needed}")
 
 
 def _reconstruct_padded(vae: AutoencoderKL, images: Tensor, batch_size: int) -> Tensor:

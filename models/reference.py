@@ -1,7 +1,7 @@
 """What samples are measured against: ADM's reference files, ours, or any set of images.
 
 Our file is an `.npz` with ADM's names for the moments: `mu`, `sigma`, `mu_s`, `sigma_s`. Where ADM's files hold images,
-it has `features` (pooled, at most 10,000 images, for precision and recall); `probe`, the features of one fixed image,
+it has `features` (pooled, of the images that count for precision and recall); `probe`, the features of one fixed image,
 gives away another network or other weights; `meta` is JSON.
 """
 
@@ -93,7 +93,7 @@ def save_reference(
     if reference.spatial is not None:
         arrays |= {"mu_s": reference.spatial[0], "sigma_s": reference.spatial[1]}
     if reference.features is not None:
-        arrays["features"] = reference.features[spread(len(reference.features), NEIGHBOUR_IMAGES)]
+        arrays["features"] = reference.features
     arrays = {name: tensor.numpy() for name, tensor in arrays.items()}
     write_npz(path, arrays | {"meta": np.array(json.dumps(meta))})
 
@@ -103,6 +103,8 @@ def _own_file(path: Path, arrays: dict, network: nn.Module, size: tuple[int, int
         meta = json.loads(str(np.asarray(arrays["meta"])))
         label, made_for, count = meta["features"], tuple(meta["size"]), meta["count"]
         known = meta["format"] <= FORMAT
+        if not isinstance(count, int):
+            raise TypeError(f"count {count!r}")
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: 'meta' is not that of a --save-stats file ({error!r})") from error
     if not known:
@@ -114,8 +116,11 @@ def _own_file(path: Path, arrays: dict, network: nn.Module, size: tuple[int, int
     stored = {name: _tensor(path, arrays, name) for name in ("probe", "features") if name in arrays}
     if "probe" not in stored or not same_network(stored["probe"], probe(network, size, device)):
         raise InputError(f"{path} was made with other weights of {label}; make it again with --save-stats")
+    features = stored.get("features")
+    if features is not None and (features.ndim != 2 or features.shape[1] != network.dim):
+        raise InputError(f"{path}: features are {tuple(features.shape)}; (images, {network.dim}) are needed")
     spatial = _moments(path, arrays, "mu_s", "sigma_s", network.spatial_dim) if network.spatial_dim else None
-    return FeatureSet(count, _moments(path, arrays, "mu", "sigma", network.dim), spatial, stored.get("features"))
+    return FeatureSet(count, _moments(path, arrays, "mu", "sigma", network.dim), spatial, features)
 
 
 def _moments(path: Path, arrays: dict, mean: str, covariance: str, dim: int) -> tuple[Tensor, Tensor]:

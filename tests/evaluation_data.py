@@ -8,6 +8,7 @@ import numpy as np
 import timm
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from models.inception import Inception
 from tests.golden_data import GOLDEN
@@ -67,3 +68,22 @@ def encoder_folder(folder: Path, side: int = 16, seed: int = 0) -> str:
     config = {"architecture": "vit_tiny_patch16_224", "num_classes": 0, "pretrained_cfg": config}
     (folder / "config.json").write_text(json.dumps(config | {"model_args": arguments}))
     return f"timm:local-dir:{folder}"
+
+
+class TinyInception(nn.Module):
+    """Stands in for Inception: a random linear map, so that metrics can be checked on a few hundred images."""
+
+    label, dim, spatial_dim = "inception", 6, 5
+
+    def __init__(self, seed: int = 0):
+        super().__init__()
+        self.maps = torch.randn(3 * 8 * 8, 11, generator=torch.Generator().manual_seed(seed)) / 2000
+        self.batches = []
+
+    def forward(self, images):
+        self.batches.append(len(images))
+        both = images.float().flatten(1) @ self.maps
+        return both[:, :6], both[:, 6:]
+
+    def probabilities(self, pool):
+        return pool.softmax(1)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,9 +10,11 @@ import timm
 import torch
 from PIL import Image
 
-from examples.digits import make_images, pretrain_encoder, report
+from configs.options import PARSERS
+from examples.digits import judge, make_images, pretrain_encoder, report, study
 from loss.config import read_loss_config
 from models.encoders import load_encoder
+from models.vae import build_vae
 
 
 def test_images_are_the_scans(tmp_path):
@@ -78,6 +81,75 @@ def test_loss_config_differs_in_lpips_and_gan_alone():
     public = asdict(read_loss_config("configs/l1_lpips_kl_gan.yaml"))
     assert {key for key in public if digits[key] != public[key]} == {"perceptual_weight", "discriminator_weight"}
     assert digits["perceptual_weight"] == 0
+
+
+@pytest.fixture(scope="module")
+def real():
+    """600 digits as the data folder holds them, and their labels."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = np.stack([np.asarray(make_images.enlarge(digit)) for digit in digits.images[:600]])
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(digits.target[:600])
+
+
+@pytest.fixture(scope="module")
+def trained_judge(real):
+    return judge.train_judge(*real, epochs=15)
+
+
+def test_the_judge_reads_digits_and_tells_sets_apart(real, trained_judge):
+    images, labels = real
+    network, held_out = trained_judge
+    assert held_out > 0.85 and judge.accuracy(network, images, labels) > 0.9
+    assert judge.accuracy(network, images, (labels + 1) % 10) < 0.05
+    same, halves, ones = (judge.distance(network, part, images) for part in (images, images[::2], images[labels == 1]))
+    assert same == pytest.approx(0, abs=1e-6) and same < halves < ones / 5
+    again, _ = judge.train_judge(*real, epochs=1)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), judge.train_judge(*real, epochs=1)[0].parameters(),
+                                                 strict=True))  # fmt: skip
+
+
+def test_the_study_runs_commands_that_exist(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(study, "run", lambda *words, threads=1: commands.append([str(word) for word in words]))
+    study.prepare(tmp_path, 5)
+    names = {method: study.train(tmp_path, method, 7, 2) for method in study.METHODS}
+    assert names["no stop-grad"] == "no-stop-grad-2"
+    parsed = {}
+    for script, *words in (command for command in commands if command[0] in PARSERS):
+        args = PARSERS[script]().parse_args(words)
+        parsed[getattr(args, "exp_name", script)] = args
+    runs = {method: parsed[name] for method, name in names.items()}
+    assert {(args.max_train_steps, args.seed, args.batch_size, args.model) for args in runs.values()} == {
+        (7, 2, 32, "SiT-T/2")
+    }
+    assert (runs["SiT"].enc_type, runs["SiT"].proj_coeff, runs["REPA"].proj_coeff) == ("None", 0, 0.5)
+    assert runs["REPA-E"].stop_grad and not runs["no stop-grad"].stop_grad
+    assert runs["REPA"].vae_latents_name == "vae" and runs["E2E-VAE"].vae_latents_name == "e2e-2"
+    assert runs["E2E-VAE"].vae_ckpt == str(tmp_path / "exps/e2e-2/e2e-2.pt")
+    assert parsed["save_vae_weights.py"].repae_ckpt == str(tmp_path / "exps/repa-e-2/checkpoints/0000007.pt")
+
+
+def test_the_study_measures_and_shows(tmp_path, monkeypatch, real, trained_judge):
+    images, labels = real
+    drawn = []
+    monkeypatch.setattr(study, "run", lambda *words: drawn.append(PARSERS[words[0]]().parse_args(map(str, words[1:]))))
+    monkeypatch.setattr(study, "samples_of", lambda folder, name, steps: (images, labels))
+    monkeypatch.setattr(study, "load_trained", lambda path: SimpleNamespace(vae=build_vae("f4d4-tiny").eval()))
+    found = study.measure(tmp_path, "repa-e-1", 7, 1, trained_judge[0], images)
+    assert found["fd"] == pytest.approx(0, abs=1e-6) and found["accuracy"] > 0.9 and 0 < found["psnr"] < 30
+    assert drawn[0].exp_path == str(tmp_path / "exps/repa-e-1") and drawn[0].label_sampling == "equal"
+
+    runs = [found | {"seconds": 60.0}, {"fd": 4.0, "accuracy": 0.5, "psnr": 20.0, "seconds": 120.0}]
+    results = dict.fromkeys(study.METHODS, runs)
+    row = next(line for line in study.table(results, 7, 0.99).splitlines() if line.startswith("| REPA-E "))
+    assert "| 2.00 (2.83) |" in " ".join(row.split()) and "| 1.5 |" in row
+    strips = dict.fromkeys(study.METHODS, study.sample_strip(images))
+    assert strips["SiT"].shape == (24, 240, 3)
+    study.plot(results, strips, tmp_path / "study.png", 7)
+    with Image.open(tmp_path / "study.png") as picture:
+        assert picture.width > 1000 and np.asarray(picture).std() > 10
 
 
 def test_report_of_a_small_folder(data, capsys):

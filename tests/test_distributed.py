@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,27 +11,45 @@ import train_ldm_only
 import train_repae
 import train_vae
 from tests import small
-from tests.workers.distributed import latents, normalise
+from tests.evaluation_data import random_images
+from tests.workers.distributed import evaluate_images, latents, normalise
 from tests.workers.recorder import recording
+from utils.images import save_png
 
 SCRIPTS = {"train_repae": train_repae, "train_ldm_only": train_ldm_only, "train_vae": train_vae}
 PER_PROCESS_NORM = ("d_loss", "logits_real", "logits_fake", "lecam_loss", "grad_norm_disc")  # of the discriminator
 
 
 def commands(place, output, folder) -> dict[str, tuple[str, list[str]]]:
-    """{job: (script, argv)}: three runs, and two that must be refused."""
+    """{job: (script, argv)}: three runs, and some that must be refused."""
     loss = small.write_loss_config(folder / "loss.yaml", discriminator_weight=0)
     bare = folder / "bare.pt"  # without statistics, so that these are measured, by both processes together
     shutil.copy(place.vae, bare)
     rates = dict(learning_rate=1e-4, vae_learning_rate=1e-5, disc_learning_rate=3e-5)
+    online = dict(eval_steps=3, eval_reference=place.data, eval_samples=70, eval_features=place.encoder)
+    stats = folder / "stats.npz"  # of another space
+    meta = dict(format=1, features="inception", size=[24, 24], count=20, source="")
+    np.savez(stats, mu=np.zeros(2048), sigma=np.eye(2048), meta=np.array(json.dumps(meta)))
+    damaged = folder / "damaged"
+    damaged.mkdir()
+    for i, image in enumerate(random_images(8, 24, 0)):
+        save_png(image, damaged / f"{i}.png")
+    (damaged / "5.png").write_bytes(b"no image")
     common = dict(loss_cfg_path=loss, max_train_steps=3, checkpointing_steps=3, **rates)
     return {
         "train_repae": ("train_repae", small.repae_options(
             place, output, "train_repae", vae_ckpt=bare, gradient_accumulation_steps=2, num_preview=2, **common)),
-        "train_ldm_only": ("train_ldm_only", small.ldm_options(place, output, "train_ldm_only", max_train_steps=3)),
+        "train_ldm_only": ("train_ldm_only", small.ldm_options(
+            place, output, "train_ldm_only", max_train_steps=3, **online)),
         "train_vae": ("train_vae", small.vae_options(place, output, "train_vae", **common)),
         "odd batch": ("train_ldm_only", small.ldm_options(place, output, "refused", batch_size=9)),
         "no data": ("train_repae", small.repae_options(place, output, "refused", data_dir=folder / "none")),
+        "no reference": ("train_repae", small.repae_options(
+            place, output, "refused", **online | dict(eval_reference=folder / "none"))),
+        "other statistics": ("train_ldm_only", small.ldm_options(
+            place, output, "refused", **online | dict(eval_reference=stats))),
+        "damaged image": ("evaluate", small.argv(  # the last job: it ends the process group
+            samples=damaged, reference=place.data, features=place.encoder, batch_size=4, output=output / "e.json")),
     }  # fmt: skip
 
 
@@ -132,8 +151,9 @@ def test_the_normaliser_sees_the_joined_batch(two):
 
 @pytest.mark.parametrize(
     ("job", "message"),
-    [("odd batch", "--batch-size: 9 images do not divide by 2 processes"), ("no data", "none is not a folder")],
-)
+    [("odd batch", "--batch-size: 9 images do not divide by 2 processes"), ("no data", "none is not a folder"),
+     ("no reference", "error: --eval-reference: "), ("other statistics", "was made in the space of inception")],
+)  # fmt: skip
 def test_refused_once_for_all(job, message, two):
     """Exit code 2 on both, one line on stderr from rank 0 alone, and nothing written."""
     output, first, second = two
@@ -141,3 +161,27 @@ def test_refused_once_for_all(job, message, two):
     assert message in first[job]["stderr"] and first[job]["stderr"].count("\n") == 1
     assert second[job]["stderr"] == ""
     assert not (output / "refused").exists()
+
+
+def test_what_one_process_alone_meets_is_said_by_it_and_ends_all(two):
+    first, second = (process["damaged image"] for process in two[1:])
+    assert first["code"] == second["code"] == 2 and not (two[0] / "e.json").exists()
+    assert "error" not in first["stderr"].lower()
+    (said,) = (line for line in second["stderr"].splitlines() if "error" in line.lower())
+    assert "[rank 1]: error: " in said and "5.png" in said
+
+
+@pytest.mark.parametrize("count", [90, 15])
+def test_metrics_are_those_of_one_process(count, two):
+    expected = evaluate_images(count)
+    assert len(expected) == 8 and expected["fid"] > 0 and expected["sfid"] > 0
+    for process in two[1:]:
+        assert process["evaluation"][count] == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_online_evaluation_is_that_of_one_process(one, two):
+    """70 samples are two batches of 64: one for each process."""
+    curves = [(output / "train_ldm_only" / "evaluations.jsonl").read_text().splitlines() for output in (one[0], two[0])]
+    assert len(curves[0]) == len(curves[1]) == 1
+    expected, actual = (json.loads(curve[0]) for curve in curves)
+    assert actual["step"] == 3 and actual == pytest.approx(expected, rel=1e-3)

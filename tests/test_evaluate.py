@@ -15,31 +15,12 @@ import evaluate
 from models.evaluation import Evaluator, FeatureSet, FeatureStream, compare, extract
 from models.features import exact_float32, load_features
 from models.reference import read_reference, save_reference
-from tests.evaluation_data import as_images, encoder_folder, inception_file, random_images, samples_file
+from tests.evaluation_data import TinyInception, as_images, encoder_folder, inception_file, random_images, samples_file
 from utils.errors import InputError
 from utils.image_sources import ImageArray
 from utils.metrics import frechet_distance, inception_score, precision_recall
 
 CPU = torch.device("cpu")
-
-
-class TinyInception(nn.Module):
-    """Stands in for Inception: a random linear map, so that metrics can be checked on a few hundred images."""
-
-    label, dim, spatial_dim = "inception", 6, 5
-
-    def __init__(self, seed: int = 0):
-        super().__init__()
-        self.maps = torch.randn(3 * 8 * 8, 11, generator=torch.Generator().manual_seed(seed)) / 2000
-        self.batches = []
-
-    def forward(self, images):
-        self.batches.append(len(images))
-        both = images.float().flatten(1) @ self.maps
-        return both[:, :6], both[:, 6:]
-
-    def probabilities(self, pool):
-        return pool.softmax(1)
 
 
 def feature_set(images: np.ndarray, network: nn.Module, batch_size: int = 32) -> FeatureSet:
@@ -298,7 +279,7 @@ BAD_SAMPLES = {
     "range": (IMAGES // 128, "holds only 0 and 1"),
     "pickled": (np.array([{}], dtype=object), "pickled objects, which are never loaded"),
     "resolution": (np.full((8, 32, 32, 3), 9, np.uint8), "has 16 x 16 images; 32 x 32 is needed"),
-    "count": (IMAGES[:2], "the samples: 2 images were given; precision and recall need more than 3"),
+    "count": (IMAGES[:2], "bad-count.npz: 2 images were given; precision and recall need more than 3"),
 }
 
 
@@ -333,6 +314,17 @@ WRONG_FLAGS = [
     ([*GOOD, "--enc-ckpt", "e"], "--enc-ckpt: e was given, but --features inception"),
     ([*GOOD, "--features", "dinov2-vit-l", "--enc-ckpt", "x"], "--enc-ckpt: x does not exist"),
     ([*GOOD, "--inception-weights", "x.pth"], "--inception-weights: x.pth does not exist; weights-inception"),
+    ([*GOOD, "--max-images", "10"], "--max-images: 10 was given; it goes with --reconstruct"),
+    ([*GOOD, "--no-lpips"], "--lpips: False was given; it goes with --reconstruct"),
+    ([*GOOD, "--output", "x.png"], "--output: x.png was given; a name that ends with .json is needed"),
+    ([*GOOD, "--output", "{}/real.npz/x.json"], "--output: {}/real.npz is no folder that can be written"),
+    ([*GOOD, "--save-stats", "x"], "--save-stats: x was given; a name that ends with .npz is needed"),
+    (
+        [*GOOD[2:], "--save-stats", "{}/real.npz", "--overwrite"],
+        "--save-stats: {}/real.npz is the --reference itself; another name is needed",
+    ),
+    (["--reconstruct", "--vae-ckpt", "a", *GOOD[:2]], "--samples: {}/samples.npz was given; it does not go with"),
+    (["--reconstruct", "--vae-ckpt", "a", "--no-lpips", "--lpips-weights", "w"], "--lpips-weights: w was given, but"),
     (["--reconstruct"], "--vae-ckpt: 0 VAEs were given"),
     (["--reconstruct", "--vae-ckpt", "a", "b", "c"], "--vae-ckpt: 3 VAEs were given"),
     (["--reconstruct", "--vae-ckpt", "a", "b", "--vae", "f8d4", "f8d4", "auto"], "--vae: 3 names were given"),

@@ -4,6 +4,7 @@ import itertools
 import json
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -12,9 +13,15 @@ from models.encoder_table import ENCODERS
 from models.features import DINOv2ClassToken, dinov2_positions, exact_float32, load_features
 from tests.encoder_weights import write_public_file
 from tests.evaluation_data import as_images, encoder_folder, random_images
+from utils.errors import InputError
 from utils.image_sources import Subset, open_images, read_batches, spread
 
 CPU = torch.device("cpu")
+
+
+def test_images_that_an_encoder_cannot_take_are_said_in_this_scripts_words():
+    with pytest.raises(InputError, match="--features: images with a side of 24 was given; encoder mae-vit-l"):
+        load_features("mae-vit-l", (24, 24))
 
 
 # Sources of images

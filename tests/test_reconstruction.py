@@ -12,12 +12,14 @@ import torch
 from PIL import Image
 
 import evaluate
+from models.evaluation import extract
 from models.reconstruction import comparison_picture, latent_colours, measure_reconstruction, reconstruct
 from models.vae import build_vae
 from models.vae_keys import to_ldm
 from tests.evaluation_data import encoder_folder, random_images, samples_file
-from utils.image_sources import ImageArray
-from utils.metrics import psnr, ssim
+from utils.errors import InputError
+from utils.image_sources import ImageArray, Subset
+from utils.metrics import frechet_distance, psnr, ssim
 
 CPU = torch.device("cpu")
 
@@ -69,17 +71,41 @@ def test_the_posterior_mean_is_decoded(vae, source):
     assert difference.min() > -1 and difference.max() < 1e-3  # truncated, not rounded
 
 
+class Pool(torch.nn.Module):
+    """A space of three dimensions: the mean colour."""
+
+    label, dim, spatial_dim = "inception", 3, 0
+
+    def forward(self, images):
+        return images.float().mean((2, 3)), None
+
+
 def test_numbers_do_not_depend_on_the_batch_size(vae, source):
-    class Pool(torch.nn.Module):
-        label, dim, spatial_dim = "inception", 3, 0
-
-        def forward(self, images):
-            return images.float().mean((2, 3)), None
-
-    found = [measure_reconstruction(vae, source, CPU, batch_size=size, network=Pool()) for size in (1, 4, 11, 64)]
+    originals = extract(source, Pool(), CPU)
+    found = [
+        measure_reconstruction(vae, source, CPU, batch_size=size, network=Pool(), originals=originals)
+        for size in (1, 4, 11, 64)
+    ]
     for other in found[1:]:
         assert other == pytest.approx(found[0], rel=1e-4)
-    assert list(found[0]) == ["psnr", "ssim", "rfid"] and found[0]["rfid"] > 1
+    assert list(found[0]) == ["psnr", "ssim", "rfid"]
+    images = source.read(0, 11)
+    features = [Pool()(x)[0].double() for x in (images, reconstruct(vae, images)[0])]
+    moments = [moment for x in features for moment in (x.mean(0), x.T.cov())]
+    assert found[0]["rfid"] == pytest.approx(frechet_distance(*moments), rel=1e-4) and found[0]["rfid"] > 1
+
+
+def test_few_images_are_warned_about(vae, source, caplog):
+    few = Subset(source, torch.arange(3))
+    measure_reconstruction(vae, few, CPU, network=Pool(), originals=extract(few, Pool(), CPU))
+    assert "reconstructions: 3 images for 3 dimensions: the covariance is singular" in caplog.text
+
+
+def test_a_damaged_vae_gets_no_numbers(source):
+    vae = make_vae()
+    vae.decoder.conv_out.bias.data[0] = float("nan")
+    with pytest.raises(InputError, match="reconstruction of some image is not finite"):
+        measure_reconstruction(vae, source, CPU)
 
 
 def test_latent_colours_show_the_principal_components():

@@ -86,7 +86,10 @@ def open_images(path: str | Path) -> ImageArray | ImageFolder:
     """
     path = Path(path)
     if (path / "images.npy").is_file():
-        data = ImageData(path)
+        try:
+            data = ImageData(path)
+        except InputError as error:  # the caller says which flag
+            raise InputError(str(error).removeprefix("--data-dir: ")) from None
         return ImageArray(data.images, str(path), channels_last=False)
     if path.is_dir():
         return ImageFolder(path)

@@ -14,9 +14,12 @@ from pathlib import Path
 
 import torch
 
+from models.evaluation import compare, extract
 from models.sit import LatentNorm
+from tests.evaluation_data import TinyInception, random_images
 from tests.workers.recorder import recording
 from utils.distributed import rank, world_size
+from utils.image_sources import ImageArray
 from utils.run import start_processes
 
 
@@ -46,10 +49,20 @@ def latents() -> torch.Tensor:
     return torch.cat([halves[0] + 50, 3 * halves[1] + 40])
 
 
+def evaluate_images(count: int) -> dict[str, float]:
+    """All of Inception's metrics of some images, in a stand-in for its space; 20 at a time."""
+    network = TinyInception()
+    sets = [ImageArray(random_images(n, 8, seed), "images") for n, seed in ((count, 2), (120, 1))]
+    samples, reference = (extract(images, network, torch.device("cpu"), batch_size=20) for images in sets)
+    return compare(samples, reference, network, torch.device("cpu"))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     start_processes()
-    out = Path(sys.argv[1])
-    jobs = json.loads((out / "jobs.json").read_text())
-    results = {job: run_job(*command) for job, command in jobs.items()}
-    torch.save(results | {"normaliser": normalise(latents())}, out / f"{rank()}.pt")
+    out, me = Path(sys.argv[1]), rank()
+    # 90 images are five batches, the last one short; 15 are one, so that process 1 has none.
+    results = {"normaliser": normalise(latents()), "evaluation": {n: evaluate_images(n) for n in (90, 15)}}
+    for job, command in json.loads((out / "jobs.json").read_text()).items():
+        results[job] = run_job(*command)
+    torch.save(results, out / f"{me}.pt")
