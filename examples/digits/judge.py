@@ -36,7 +36,7 @@ class Judge(nn.Module):
         return self.head(self.features(images))
 
 
-def train_judge(images: Tensor, labels: Tensor, *, epochs: int = 30, seed: int = 0) -> tuple[Judge, float]:
+def train_judge(images: Tensor, labels: Tensor, *, epochs: int = 40, seed: int = 0) -> tuple[Judge, float]:
     """A judge trained on real digits, shifted by up to two pixels, and its accuracy on the tenth it never saw."""
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():
@@ -44,7 +44,9 @@ def train_judge(images: Tensor, labels: Tensor, *, epochs: int = 30, seed: int =
         judge = Judge()
     held_out = torch.arange(len(images)) % HELD_OUT == 0
     train_images, train_labels = images[~held_out], labels[~held_out]
-    optimizer = torch.optim.Adam(judge.parameters(), lr=2e-3)
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3)
+    steps = epochs * -(-len(train_images) // 64)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(epochs):
         for chosen in torch.randperm(len(train_images), generator=generator).split(64):
             shift = torch.randint(-2, 3, (2,), generator=generator).tolist()
@@ -53,6 +55,7 @@ def train_judge(images: Tensor, labels: Tensor, *, epochs: int = 30, seed: int =
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            schedule.step()
     judge.eval().requires_grad_(False)
     return judge, accuracy(judge, images[held_out], labels[held_out])
 
