@@ -25,7 +25,7 @@ training=(--output-dir "$out/exps" --batch-size 32 --mixed-precision no --no-com
   --num-preview 20 --overwrite)
 vae_loss=(--loss-cfg-path examples/digits/digits_l1_kl_gan.yaml --vae-learning-rate 1e-3)
 sit=(--model SiT-T/2 --encoder-depth 3 --enc-type "timm:local-dir:$out/encoder" --learning-rate 1e-3 --ema-decay 0.98
-  --eval-steps 100 --eval-samples 200 --eval-reference "$out/data" --eval-features "timm:local-dir:$out/encoder")
+  --eval-samples 200 --eval-reference "$out/data" --eval-features "timm:local-dir:$out/encoder")
 repae_steps=400
 repae_checkpoint=$(printf '%s/exps/repae/checkpoints/%07d.pt' "$out" "$repae_steps")
 samples=(--sample-dir "$out/samples" --num-fid-samples 200 --label-sampling equal --pproc-batch-size 100
@@ -40,13 +40,13 @@ stage train_vae python train_vae.py --exp-name vae --vae f4d4-tiny "${vae_loss[@
   "${data[@]}" "${training[@]}"
 stage train_repae python train_repae.py --exp-name repae --vae f4d4-tiny --vae-ckpt "$out/exps/vae/vae.pt" \
   --disc-pretrained-ckpt "$out/exps/vae/vae-discriminator-ckpt.pt" "${vae_loss[@]}" --vae-learning-rate 1e-4 \
-  "${sit[@]}" --max-train-steps "$repae_steps" "${data[@]}" "${training[@]}"
+  "${sit[@]}" --max-train-steps "$repae_steps" --eval-steps 100 "${data[@]}" "${training[@]}"
 stage save_vae_weights python save_vae_weights.py --repae-ckpt "$repae_checkpoint" \
   --vae-name e2e-vae --save-dir "$out/exps" --overwrite
 stage cache_latents python cache_latents.py --vae-arch f4d4-tiny --vae-ckpt-path "$out/exps/e2e-vae/e2e-vae.pt" \
   --vae-latents-name e2e-vae --data-dir "$out/data" --output-dir "$out/data" --num-workers 0 --overwrite
 stage train_ldm_only python train_ldm_only.py --exp-name ldm --vae f4d4-tiny \
-  --vae-ckpt "$out/exps/e2e-vae/e2e-vae.pt" --vae-latents-name e2e-vae "${sit[@]}" --max-train-steps 800 \
+  --vae-ckpt "$out/exps/e2e-vae/e2e-vae.pt" --vae-latents-name e2e-vae "${sit[@]}" --max-train-steps 600 --eval-steps 150 \
   "${data[@]}" "${training[@]}"
 
 stage generate_repae python generate.py --exp-path "$out/exps/repae" "${samples[@]}"
