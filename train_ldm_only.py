@@ -98,7 +98,12 @@ def main(argv: list[str] | None = None) -> None:
         proj_coeff=args.proj_coeff, ema_decay=args.ema_decay,
     )  # fmt: skip
 
+    def log_evaluation(step: int) -> None:
+        run.log_evaluation(step, evaluate(nets.ema, nets.vae, nets.sit.latent_stats()))
+
     progress = run.steps(data)
+    if evaluate is not None and run.lacks_evaluation(args.eval_steps):
+        log_evaluation(run.start_step)
     for step in progress:
         logs = train_step(run, nets, optimizer, loader, step, **settings)
 
@@ -107,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
         if run.is_due(done, args.checkpointing_steps):
             run.save(done, lambda done=done: checkpoint_contents(args, nets, optimizer, done))
         if evaluate is not None and run.is_due(done, args.eval_steps):
-            run.log_evaluation(done, evaluate(nets.ema, nets.vae, nets.sit.latent_stats()))
+            log_evaluation(done)
         if args.num_preview and run.is_due(done, args.sampling_steps):
             log_previews(args, run, nets, done)
     run.close()

@@ -145,7 +145,12 @@ def main(argv: list[str] | None = None) -> None:
         stop_grad=args.stop_grad,
     )  # fmt: skip
 
+    def log_evaluation(step: int) -> None:
+        run.log_evaluation(step, evaluate(nets.ema, nets.vae.vae, nets.ema.latent_stats()))
+
     progress = run.steps(data)
+    if evaluate is not None and run.lacks_evaluation(args.eval_steps):
+        log_evaluation(run.start_step)
     for step in progress:
         logs = train_step(run, nets, optimizers, loader, step, **settings)
 
@@ -154,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
         if run.is_due(done, args.checkpointing_steps):
             run.save(done, lambda done=done: checkpoint_contents(args, nets, optimizers, done))
         if evaluate is not None and run.is_due(done, args.eval_steps):
-            run.log_evaluation(done, evaluate(nets.ema, nets.vae.vae, nets.ema.latent_stats()))
+            log_evaluation(done)
         if args.num_preview and run.is_due(done, args.sampling_steps):
             log_previews(args, run, nets, data, done)
     run.close()

@@ -32,6 +32,18 @@ def test_a_curve_that_does_not_disturb_the_run(kind, place, tmp_path):
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
+def test_an_evaluation_that_was_cut_off_is_made_up_for(place, tmp_path):
+    """The checkpoint of step 4 is there, its evaluation is not: the job was killed within it."""
+    online = dict(eval_steps=2, eval_reference=place.data, eval_samples=10, eval_features=place.encoder)
+    train_ldm_only.main(small.ldm_options(place, tmp_path, "run", **online))
+    file = tmp_path / "run" / "evaluations.jsonl"
+    whole = file.read_text()
+    file.write_text(whole.splitlines(keepends=True)[0])
+    for _ in range(2):  # the second time there is nothing to make up for
+        train_ldm_only.main(small.ldm_options(place, tmp_path, "run", resume="latest", **online))
+        assert file.read_text() == whole
+
+
 def test_an_evaluation_does_not_count_as_training_time(place, tmp_path, monkeypatch):
     """By a clock that a step moves on by a second, and an evaluation by a thousand."""
     clock, step = [0.0], train_ldm_only.train_step

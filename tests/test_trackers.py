@@ -1,5 +1,6 @@
 """wandb, tensorboard or nothing; and wandb goes offline by itself where it cannot report."""
 
+import json
 import socket
 import time
 from argparse import Namespace
@@ -56,13 +57,15 @@ def open_one(tmp_path):
 
 def test_without_a_key_it_runs_offline_and_says_where(wandb, place, tmp_path, monkeypatch):
     monkeypatch.setattr("wandb.login", lambda prompt: prompt)
-    options = dict(report_to="wandb", num_preview=1, sampling_steps=4, enc_type="None", proj_coeff=0)
+    options = dict(report_to="wandb", num_preview=1, sampling_steps=4, enc_type="None", proj_coeff=0,
+                   eval_steps=4, eval_samples=8, eval_reference=place.data, eval_features=place.encoder)  # fmt: skip
     train_ldm_only.main(small.ldm_options(place, tmp_path, "run", **options))
     (tracker,) = wandb.made
     assert tracker.options == {"name": "run", "dir": str(tmp_path / "run" / "logs"), "mode": "offline"}
     assert tracker.config["learning_rate"] == 1e-4 and tracker.config["report_to"] == "wandb"
-    rows = [{key: value for key, value in row.items() if key != "images_per_second"} for row in tracker.rows]
+    *rows, evaluation = [{key: row[key] for key in row if key != "images_per_second"} for row in tracker.rows]
     assert rows == small.metrics(tmp_path, "run")
+    assert evaluation == json.loads((tmp_path / "run" / "evaluations.jsonl").read_text())
     assert tracker.images == [(4, {"samples": (1, small.RESOLUTION, 8 * small.RESOLUTION, 3)})]
     assert tracker.finished
     log = (tmp_path / "run" / "log.txt").read_text()

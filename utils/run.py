@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from utils.checkpoint import checkpoint_path, latest_step, write_checkpoint
 from utils.data import batches, batches_per_epoch
-from utils.distributed import main_first
+from utils.distributed import from_main, main_first
 from utils.errors import InputError
 from utils.files import require_disk, require_writable, write_json
 from utils.images import save_png
@@ -165,6 +165,13 @@ class Run:
     def is_due(self, done: int, every: int) -> bool:
         """Whether something that happens every so many steps, and at the end, happens after `done` steps."""
         return done % every == 0 or done == self.total_steps
+
+    def lacks_evaluation(self, every: int) -> bool:
+        """Whether the run goes on from a step whose evaluation is due but not on file: the job ended within it."""
+        path, step = self.folder / "evaluations.jsonl", self.start_step
+        rows = path.read_text().splitlines() if path.is_file() else []
+        due = self.goes_on and self.is_due(step, every) and step not in {json.loads(row)["step"] for row in rows}
+        return from_main(due)  # the others may not see the file as it is now
 
     # ------------------------------------------------------------------ the folder
 

@@ -46,7 +46,7 @@ CURVES = {
         ("train_repae", "denoising_loss", 1, "REPA-E"),
         ("train_ldm_only", "denoising_loss", 1, "LDM on the tuned VAE"),
     ],
-    "Fréchet distance in the encoder's space, 200 samples without guidance": [
+    "Fréchet distance, encoder's space, 200 samples": [
         ("train_repae", FD, 1, "REPA-E"),
         ("train_ldm_only", FD, 1, "LDM on the tuned VAE"),
     ],
