@@ -27,6 +27,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -360,9 +361,11 @@ def hand_on(args, store: SampleStore, evaluator: Evaluator | None, images: np.nd
     """Finished images to whoever else wants them; without those that only fill up the last batch."""
     images = images[: len(indices)]
     if args.save_png:
-        files = (png_folder(store) / f"{i:06d}.png" for i in indices)
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(save_png, images, files))
+        folder = png_folder(store)
+        folder.mkdir(exist_ok=True)
+        files = (folder / f"{i:06d}.png" for i in indices)
+        with ThreadPoolExecutor() as pool:  # not one by one to the disk: a restart writes those of all batches again
+            list(pool.map(lambda image, file: Image.fromarray(image).save(file), images, files))
     if evaluator is not None:
         evaluator.add(torch.from_numpy(images).permute(0, 3, 1, 2), torch.tensor(indices))
 
