@@ -1,9 +1,11 @@
 """What bad input gets: one line on stderr that says what is needed, exit code 2, and nothing written."""
 
+import contextlib
 import errno
 import shutil
 from collections import namedtuple
 from datetime import date
+from pathlib import Path
 from types import SimpleNamespace
 from urllib.error import URLError
 
@@ -293,6 +295,18 @@ def test_what_stops_a_job_on_its_way_is_one_line(error, said, capsys):
         command(main)()
     line = capsys.readouterr().err
     assert stopped.value.code == 1 and said in line and line.count("\n") == 1
+
+
+def test_a_full_disk_stops_a_run_in_one_line(place, tmp_path, monkeypatch, capsys):
+    @contextlib.contextmanager
+    def full(path):
+        yield Path("/dev/full")
+
+    monkeypatch.setattr("utils.checkpoint.atomic_write", full)
+    with pytest.raises(SystemExit) as stopped:
+        train_ldm_only.main(small.ldm_options(place, tmp_path, "run", max_train_steps=1, enc_type="None", proj_coeff=0))
+    (said,) = (line for line in capsys.readouterr().err.splitlines() if "stopped" in line)
+    assert stopped.value.code == 1 and "0000001.pt: not written: no space left" in said
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), FileNotFoundError(errno.ENOENT, "No such file", "x")])

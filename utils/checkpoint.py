@@ -6,6 +6,7 @@ argparse.Namespace, load too.
 """
 
 import argparse
+import errno
 import pickle
 import re
 from pathlib import Path
@@ -63,9 +64,18 @@ def read_checkpoint(path: str | Path, *, need: tuple[str, ...] = ("model", "ema"
 
 
 def write_checkpoint(path: str | Path, contents: dict) -> None:
-    """Save under a temporary name, flush to disk, rename: a file of this name is always whole."""
+    """Save under a temporary name, flush to disk, rename: a file of this name is always whole.
+
+    Raises:
+        OSError: it could not be written, for which torch has an error of its own.
+    """
     with atomic_write(path) as temporary:
-        torch.save({"format": FORMAT, **contents}, temporary)
+        try:
+            torch.save({"format": FORMAT, **contents}, temporary)
+        except RuntimeError as error:
+            if "inline_container" not in str(error):
+                raise
+            raise OSError(errno.ENOSPC, "not written: no space left, or the disk failed", str(path)) from None
 
 
 def checkpoint_path(run_dir: str | Path, step: int | str) -> Path:
