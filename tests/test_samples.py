@@ -132,6 +132,12 @@ def test_another_job_is_refused_or_on_request_replaces(tmp_path, job, difference
     assert start(tmp_path, job, overwrite=True).missing() == [0, 1, 2]
 
 
+def test_a_job_without_any_finished_batch_is_replaced(tmp_path):
+    """Such as one that died of too large a batch."""
+    start(tmp_path, batch_size=4)
+    assert start(tmp_path, JOB | {"run": "smaller"}, batch_size=2).missing() == [0, 1, 2, 3, 4]
+
+
 @pytest.mark.parametrize(
     "damage", ["empty images", "no object", "truncated images", "truncated marks", "no images", "no JSON"]
 )

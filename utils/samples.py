@@ -56,7 +56,7 @@ class SampleStore:
             raise InputError(f"{FLAG}: {self.target} exists already; --overwrite replaces it")
         goes_on = self._is_partial(job)
         if not (goes_on or overwrite):
-            if self.job_file.exists():
+            if self.job_file.exists() and self._holds_work():
                 raise InputError(f"{FLAG}: {self.job_file} is of an interrupted job that this one cannot go on with "
                                  f"({_differences(self._read_job(), job)}); --overwrite discards it")  # fmt: skip
             for path in filter(Path.exists, others):
@@ -139,6 +139,10 @@ class SampleStore:
         if self._lock.is_locked:
             Path(self._lock.lock_file).unlink(missing_ok=True)
             self._lock.release()
+
+    def _holds_work(self) -> bool:
+        """Whether some batch is finished; a job that died before its first one is nobody's loss."""
+        return not self.done_file.is_file() or any(self.done_file.read_bytes())
 
     def _is_partial(self, job: dict) -> bool:
         """Whether whole partial files of this very job are there."""
