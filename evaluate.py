@@ -64,10 +64,11 @@ def check_flags(args: argparse.Namespace) -> None:
     ):
         if given and not fits:
             raise InputError(f"{flag}: {given} was given, but --features {args.features} does not read it")
-    others = SAMPLE_FLAGS if args.reconstruct else RECONSTRUCTION_FLAGS
-    for name in (name for name in others if getattr(args, name) != evaluate_parser().get_default(name)):
-        flag, rule = f"--{name.replace('_', '-')}", "does not go" if args.reconstruct else "goes"
-        raise InputError(f"{flag}: {getattr(args, name)} was given; it {rule} with --reconstruct")
+    default, rule = evaluate_parser().get_default, "does not go" if args.reconstruct else "goes"
+    for name in SAMPLE_FLAGS if args.reconstruct else RECONSTRUCTION_FLAGS:
+        if getattr(args, name) != default(name):
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(f"{flag}: {getattr(args, name)} was given; it {rule} with --reconstruct")
     if args.lpips_weights and not args.lpips:
         raise InputError(f"--lpips-weights: {args.lpips_weights} was given, but --no-lpips does not read it")
     if args.reconstruct:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from configs.arguments import ArgumentParser
 from models.encoder_table import ENCODERS, EncoderSpec, encoder_names
 from models.encoder_weights import download, find_weights, load_weights, read_weights
-from utils.errors import InputError, command
+from utils.errors import InputError, about, command
 
 logger = logging.getLogger(__name__)
 
@@ -208,10 +208,8 @@ def load_network(spec: EncoderSpec, resolution: int, checkpoint: str | None = No
     """The encoder's timm ViT with its weights. (Tests put depth-2 networks in this function's place.)"""
     network = build(spec, resolution)
     path = find_weights(spec, checkpoint)
-    try:
+    with about("--enc-ckpt" if checkpoint else "--enc-type"):
         load_weights(network, spec, path)
-    except InputError as error:
-        raise InputError(f"{'--enc-ckpt' if checkpoint else '--enc-type'}: {error}") from None
     logger.info("encoder %s: weights from %s", spec.name, path)
     return network
 

@@ -16,9 +16,10 @@ from models.encoder_table import ENCODERS
 from models.encoder_weights import find_weights, load_weights, read_weights
 from models.encoders import build, load_encoder
 from models.inception import load_inception
-from utils.errors import InputError, about
+from utils.errors import InputError, about, renamed
 
 STEIN_SIZE = 224  # pixels of DINOv2's input in Stein et al. 2023 (arXiv 2306.04675)
+NAMES = {"--enc-type": "--features", "--resolution: ": "--features: images with a side of "}  # the encoders' and ours
 PROBE_TOLERANCE = 1e-2  # relative; machines differ by 1e-5, other weights by about 1
 
 
@@ -41,15 +42,10 @@ def load_features(name: str, size: tuple[int, int], *, weights: str | Path | Non
     if size[0] != size[1]:
         raise InputError(f"--features: {name} needs square images; they are {size[0]} x {size[1]}")
     weights = None if weights is None else str(weights)
-    try:
-        with torch.random.fork_rng(devices=[]):  # timm draws weights before it reads them
-            if name.startswith("dinov2-vit-"):
-                return DINOv2ClassToken(name, weights)
-            return MeanToken(name, size[0], weights)
-    except InputError as error:  # an encoder is called --enc-type elsewhere
-        for flag, here in (("--enc-type", "--features"), ("--resolution: ", "--features: images with a side of ")):
-            error.args = (str(error).replace(flag, here),)
-        raise
+    with renamed(NAMES), torch.random.fork_rng(devices=[]):  # timm draws weights before it reads them
+        if name.startswith("dinov2-vit-"):
+            return DINOv2ClassToken(name, weights)
+        return MeanToken(name, size[0], weights)
 
 
 class DINOv2ClassToken(nn.Module):

@@ -10,7 +10,7 @@ from models.generation import SamplerConfig, draw_images
 from models.reference import read_reference
 from models.sit import SiT
 from utils.distributed import main_first, rank, world_size
-from utils.errors import InputError, about
+from utils.errors import InputError, about, renamed
 from utils.rng import sample_labels
 
 # evaluate.py's names of the flags, which errors use, and those of the training scripts.
@@ -29,15 +29,11 @@ def online_evaluation(args, run) -> "OnlineEvaluation | None":
                              "--eval-steps")  # fmt: skip
         if args.eval_samples <= NEIGHBOUR:
             raise InputError(f"--eval-samples: {args.eval_samples} was given; more than {NEIGHBOUR} are needed")
-    try:
+    with renamed(FLAGS):
         return OnlineEvaluation(
             args.eval_reference, features=args.eval_features, weights=args.eval_weights, count=args.eval_samples,
             resolution=args.resolution, seed=args.seed, path_type=args.path_type, device=run.device,
         )  # fmt: skip
-    except InputError as error:
-        for flag, here in FLAGS.items():
-            error.args = (str(error).replace(flag, here),)
-        raise
 
 
 class OnlineEvaluation:

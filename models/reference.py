@@ -72,7 +72,9 @@ def read_reference(
         # A folder may hold a whole training set: it gives precision and recall 10,000 images, evenly spread.
         keep = None if path.is_file() else spread(len(source), NEIGHBOUR_IMAGES)
         return extract(source, network, device, batch_size=batch_size, keep=keep, description="reference")
-    images = source and extract(source, network, device, batch_size=batch_size, description="reference images")
+    images = None
+    if source is not None:
+        images = extract(source, network, device, batch_size=batch_size, description="reference images")
     missing = [name for name, found in (("sFID", spatial), ("precision and recall", images)) if found is None]
     if missing:
         _say(f"{path} has nothing to compute {' or '.join(missing)} from")

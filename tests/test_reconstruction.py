@@ -14,8 +14,7 @@ from PIL import Image
 import evaluate
 from models.evaluation import extract
 from models.reconstruction import comparison_picture, latent_colours, measure_reconstruction, reconstruct
-from models.vae import build_vae
-from models.vae_keys import to_ldm
+from models.vae import build_vae, vae_models
 from tests.evaluation_data import encoder_folder, random_images, samples_file
 from utils.errors import InputError
 from utils.image_sources import ImageArray, Subset
@@ -27,7 +26,7 @@ CPU = torch.device("cpu")
 def make_vae(seed: int = 0) -> torch.nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return build_vae("f4d4-tiny").eval().requires_grad_(False)
+        return build_vae(vae_models["f4d4-tiny"] | {"block_out_channels": [32, 64, 64]}).eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -145,14 +144,14 @@ def test_picture_has_a_row_of_originals_and_three_for_each_vae(vae):
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reconstruction")
     for name, seed in (("before", 0), ("after", 1)):
-        torch.save(to_ldm(make_vae(seed)), folder / f"{name}.pt")
+        make_vae(seed).save_pretrained(folder / name)
     samples_file(folder / "images.npz", 24, 16, 3)
     encoder_folder(folder / "encoder")
     return folder
 
 
 def flags(place: Path, *arguments) -> list[str]:
-    fixed = ["--reconstruct", "--vae-ckpt", place / "before.pt", place / "after.pt", "--data-dir", place / "images.npz",
+    fixed = ["--reconstruct", "--vae-ckpt", place / "before", place / "after", "--data-dir", place / "images.npz",
              "--no-lpips", "--features", f"timm:local-dir:{place / 'encoder'}"]  # fmt: skip
     return [str(argument) for argument in (*fixed, *arguments)]
 
@@ -188,8 +187,7 @@ def test_two_processes_give_the_same_numbers(place):
     found = json.loads((place / "two.json").read_text())
     assert found["processes"] == 2
     for name, numbers in found["results"].items():
-        # At another batch size a level may flip; the structural similarity of these untrained VAEs is almost zero.
-        assert numbers == pytest.approx(expected[name], rel=1e-4, abs=1e-5)
+        assert numbers == pytest.approx(expected[name], rel=1e-4)  # at another batch size a level may flip
 
 
 def test_script_takes_an_even_selection(place):

@@ -5,7 +5,7 @@ import errno
 import functools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 _MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
@@ -22,6 +22,17 @@ def about(flag: str) -> Iterator[None]:
         yield
     except InputError as error:
         error.args = (f"{flag}: {error}",)  # the same error: it may be one that rank 0 has printed
+        raise
+
+
+@contextlib.contextmanager
+def renamed(names: Mapping[str, str]) -> Iterator[None]:
+    """Let the message of an `InputError` from inside call things by this script's names: {name: name here}."""
+    try:
+        yield
+    except InputError as error:
+        for name, here in names.items():
+            error.args = (str(error).replace(name, here),)
         raise
 
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from utils.data import ImageData
-from utils.errors import InputError
+from utils.errors import InputError, renamed
 from utils.images import to_rgb
 from utils.npz import CompressedArray, open_npz, release
 
@@ -86,10 +86,8 @@ def open_images(path: str | Path) -> ImageArray | ImageFolder:
     """
     path = Path(path)
     if (path / "images.npy").is_file():
-        try:
+        with renamed({"--data-dir: ": ""}):  # the caller says which flag
             data = ImageData(path)
-        except InputError as error:  # the caller says which flag
-            raise InputError(str(error).removeprefix("--data-dir: ")) from None
         return ImageArray(data.images, str(path), channels_last=False)
     if path.is_dir():
         return ImageFolder(path)

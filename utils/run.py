@@ -168,10 +168,11 @@ class Run:
 
     def lacks_evaluation(self, every: int) -> bool:
         """Whether the run goes on from a step whose evaluation is due but not on file: the job ended within it."""
-        path, step = self.folder / "evaluations.jsonl", self.start_step
-        rows = path.read_text().splitlines() if path.is_file() else []
-        due = self.goes_on and self.is_due(step, every) and step not in {json.loads(row)["step"] for row in rows}
-        return from_main(due)  # the others may not see the file as it is now
+        if not (self.goes_on and self.is_due(self.start_step, every)):
+            return False
+        path = self.folder / "evaluations.jsonl"  # rank 0 wrote it; others may not see it as it is now
+        rows = path.read_text().splitlines() if self.is_main and path.is_file() else []
+        return from_main(all(json.loads(row)["step"] != self.start_step for row in rows))
 
     # ------------------------------------------------------------------ the folder
 
