@@ -20,14 +20,13 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from dataset.data import ImageData
+from dataset.latents import LatentCache
 from models.vae import downsampling, encode_moments, latent_statistics, load_vae, to_mean_std, vae_config
 from models.vae_files import vae_sha256
-from utils.data import ImageData
-from utils.distributed import main_first
+from utils.distributed import main_first, start_processes
 from utils.errors import InputError, about, command
 from utils.images import to_signed
-from utils.latents import LatentCache
-from utils.run import start_processes
 
 FLUSH_SECONDS = 20.0  # what a killed job loses at most
 

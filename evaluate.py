@@ -21,18 +21,17 @@ from pathlib import Path
 
 import torch
 
+from dataset.image_sources import Source, Subset, open_images, require_size, spread
+from evaluation.evaluator import NOTHING, compare, extract, require_neighbours
+from evaluation.features import load_features
+from evaluation.reconstruction import check_size, comparison_picture, measure_reconstruction
+from evaluation.reference import read_reference, reference_images, save_reference
 from loss.perceptual import load_lpips
-from models.evaluation import NOTHING, compare, extract, require_neighbours
-from models.features import load_features
-from models.reconstruction import check_size, comparison_picture, measure_reconstruction
-from models.reference import read_reference, reference_images, save_reference
 from models.vae import load_vae
-from utils.distributed import main_first, rank, world_size
+from utils.distributed import main_first, rank, start_processes, world_size
 from utils.errors import InputError, about, command
 from utils.files import require_writable, write_json
-from utils.image_sources import Source, Subset, open_images, require_size, spread
 from utils.images import save_png
-from utils.run import start_processes
 
 SAMPLE_FLAGS = ("samples", "reference", "save_stats", "overwrite")
 RECONSTRUCTION_FLAGS = ("vae_ckpt", "vae", "data_dir", "max_images", "num_picture", "lpips", "lpips_weights")

@@ -31,20 +31,19 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from models.evaluation import NEIGHBOUR, Evaluator
-from models.features import load_features
-from models.generation import AUTOCAST, SamplerConfig, draw_images, trajectory
-from models.reference import read_reference, reference_images
-from models.trained import load_trained
+from dataset.image_sources import require_size
+from evaluation.evaluator import NEIGHBOUR, Evaluator
+from evaluation.features import load_features
+from evaluation.reference import read_reference, reference_images
 from models.vae_files import vae_sha256
-from utils.distributed import from_main, main_first, together
+from sampling.generation import AUTOCAST, SamplerConfig, draw_images, trajectory
+from sampling.store import SampleStore
+from sampling.trained import load_trained
+from utils.distributed import from_main, main_first, start_processes, together
 from utils.errors import InputError, about, command
 from utils.files import sha256, write_json
-from utils.image_sources import require_size
 from utils.images import image_grid, save_png
 from utils.rng import sample_labels
-from utils.run import start_processes
-from utils.samples import SampleStore
 
 # Options that the images do not depend on: an interrupted job may be taken up with others. (--train-steps and --tf32
 # count through what they come to.)

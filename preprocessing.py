@@ -20,8 +20,8 @@ import sys
 import time
 from pathlib import Path
 
+from dataset.preprocess import check_output, list_images, write_data_folder
 from utils.errors import command
-from utils.preprocess import check_output, list_images, write_data_folder
 
 
 @command
@@ -75,7 +75,7 @@ def orphaned_latents(output: Path) -> list[str]:
                 caches[path.stem] = info["dataset_fingerprint"]
     if not caches:
         return []
-    from utils.data import ImageData  # imports torch, which nothing else here needs
+    from dataset.data import ImageData  # imports torch, which nothing else here needs
 
     fingerprint = ImageData(output).fingerprint
     return [name for name, of in caches.items() if of != fingerprint]

@@ -19,24 +19,24 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from dataset.data import ImageData, LatentData, LatentsAndLabels
+from dataset.latents import sample_mean_std
+from evaluation.online import online_evaluation
 from loss.alignment import alignment_loss
 from loss.velocity import velocity_loss
 from models.encoders import load_encoders, resize_tokens, resizing_notes
-from models.generation import SamplerConfig, preview
 from models.interpolant import Noising, interpolate
-from models.online import online_evaluation
 from models.sit import build_sit
 from models.vae import latent_statistics, load_vae
 from models.vae_files import vae_sha256
+from sampling.generation import SamplerConfig, preview
+from training.ema import update_ema
+from training.optimizer import Optimizer, adamw_settings, checkpoint_entries, restore
+from training.run import Run
 from utils.checkpoint import load_strictly, read_checkpoint
-from utils.data import ImageData, LatentData, LatentsAndLabels
 from utils.distributed import main_first
-from utils.ema import update_ema
 from utils.errors import InputError, command
 from utils.images import image_grid
-from utils.latents import sample_mean_std
-from utils.optimizer import Optimizer, adamw_settings, checkpoint_entries, restore
-from utils.run import Run
 
 PREVIEW_GUIDANCE = 4.0
 CHECKPOINT_ENTRIES = ("model", "ema", "opt", "steps")

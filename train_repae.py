@@ -20,6 +20,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from dataset.data import ImageData, evenly_spaced
+from evaluation.online import online_evaluation
 from loss.adversarial import DiscriminatorLoss
 from loss.alignment import alignment_loss
 from loss.config import read_loss_config
@@ -28,9 +30,7 @@ from loss.vae import VAELoss
 from loss.velocity import velocity_loss
 from models.discriminator import SMALLEST_IMAGE, load_discriminator
 from models.encoders import load_encoders, resize_tokens, resizing_notes
-from models.generation import SamplerConfig, preview, reconstruction_pairs
 from models.interpolant import Noising, interpolate
-from models.online import online_evaluation
 from models.sit import build_sit
 from models.vae import (
     TrainableVAE,
@@ -42,16 +42,16 @@ from models.vae import (
 )
 from models.vae_files import vae_of_checkpoint
 from models.vae_keys import ldm_parameters, to_ldm
+from sampling.generation import SamplerConfig, preview, reconstruction_pairs
+from training.ema import update_ema
+from training.optimizer import Optimizer, adamw_settings, checkpoint_entries, restore
+from training.run import Run
 from utils.checkpoint import load_strictly, read_checkpoint
-from utils.data import ImageData, evenly_spaced
 from utils.distributed import main_first
-from utils.ema import update_ema
 from utils.errors import InputError, command
 from utils.files import atomic_write
 from utils.images import image_grid, to_signed
 from utils.modules import frozen
-from utils.optimizer import Optimizer, adamw_settings, checkpoint_entries, restore
-from utils.run import Run
 
 PREVIEW_GUIDANCE = 4.0
 CHECKPOINT_ENTRIES = ("model", "ema", "vae", "discriminator", "opt", "opt_vae", "opt_disc", "steps")

@@ -20,23 +20,23 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from dataset.data import ImageData, evenly_spaced
 from loss.adversarial import DiscriminatorLoss
 from loss.config import read_loss_config
 from loss.perceptual import load_lpips
 from loss.vae import VAELoss
 from models.discriminator import SMALLEST_IMAGE, load_discriminator
-from models.generation import reconstruction_pairs
 from models.vae import TrainableVAE, build_vae, latent_shape, load_vae, measure_latent_statistics, vae_config
 from models.vae_files import require_new_vae_files, save_vae_files, vae_of_checkpoint
 from models.vae_keys import ldm_parameters, to_ldm
+from sampling.generation import reconstruction_pairs
+from training.optimizer import Optimizer, adamw_settings, checkpoint_entries, restore
+from training.run import Run
 from utils.checkpoint import load_strictly, read_checkpoint
-from utils.data import ImageData, evenly_spaced
 from utils.distributed import main_first
 from utils.errors import InputError, command
 from utils.images import image_grid, to_signed
 from utils.modules import frozen
-from utils.optimizer import Optimizer, adamw_settings, checkpoint_entries, restore
-from utils.run import Run
 
 CHECKPOINT_ENTRIES = ("vae", "discriminator", "opt_vae", "opt_disc", "steps")
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from utils.metrics import Statistics, frechet_distance, inception_score, precision_recall
+from evaluation.metrics import Statistics, frechet_distance, inception_score, precision_recall
 
 DIM, CLASSES = 2048, 1008
 BATCH = 64  # of the feature network, and of the sums

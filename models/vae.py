@@ -18,11 +18,11 @@ from diffusers import AutoencoderKL
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 
+from dataset.latents import LatentStatistics
 from models.vae_keys import diffusers_shape, infer_config, key_pairs
 from utils.checkpoint import read_torch_file
 from utils.errors import InputError, about
 from utils.images import to_signed
-from utils.latents import LatentStatistics
 
 logger = logging.getLogger(__name__)
 

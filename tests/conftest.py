@@ -12,9 +12,9 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory):
-    """Inputs of all training scripts, made once: see `tests.small.write_place`. Tests leave them as they are."""
+    """Inputs of all training scripts, made once (`tests.support.small.write_place`). Tests leave them as they are."""
     import cache_latents
-    from tests import small
+    from tests.support import small
 
     place = small.write_place(tmp_path_factory.mktemp("place"))
     cache_latents.main(small.cache_options(place, place.latents))

@@ -1,12 +1,39 @@
-"""Sums and rows over processes; without a process group, those of this process."""
+"""The processes of a job: their start, sums and rows over them, and how they fail together.
+
+Without a process group everything is that of this process alone.
+"""
 
 import contextlib
+import os
 from collections.abc import Iterator
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from utils.errors import InputError
+
+
+def start_processes():
+    """accelerate's view of the processes: CUDA with NCCL, else CPU with gloo.
+
+    Raises:
+        InputError: the launcher asked for something that these scripts do not do.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedType, InitProcessGroupKwargs
+
+    # Rank 0 may download weights or measure a data set while the others wait.
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=[patience])
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != accelerator.num_processes:
+        raise InputError(f"the launcher started {launched} processes, but each of them runs alone; use torchrun")
+    plain = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+    if accelerator.distributed_type not in plain:
+        raise InputError(f"accelerate is configured for {accelerator.distributed_type.value}; these scripts run plain "
+                         "data parallel: run `accelerate config` again, or use torchrun")  # fmt: skip
+    return accelerator
 
 
 def rank() -> int:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.metrics import Statistics, frechet_distance
+from evaluation.metrics import Statistics, frechet_distance
 
 HELD_OUT = 10  # every tenth image is never trained on
 

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from configs.arguments import positive_int
+from evaluation.metrics import psnr
+from evaluation.reconstruction import reconstruct
 from examples.digits import judge, make_images
-from models.reconstruction import reconstruct
-from models.trained import load_trained
+from sampling.trained import load_trained
 from utils.errors import command
-from utils.metrics import psnr
 
 METHODS = {
     "SiT": "plain SiT, frozen VAE",

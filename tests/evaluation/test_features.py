@@ -1,0 +1,111 @@
+"""What evaluation reads, and the feature spaces it measures in."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dataset.image_sources import Subset, open_images, read_batches, spread
+from evaluation.features import DINOv2ClassToken, dinov2_positions, exact_float32, load_features
+from models import encoders
+from models.encoder_table import ENCODERS
+from tests.support.encoder_weights import write_public_file
+from tests.support.evaluation_data import as_images, encoder_folder, random_images
+from utils.errors import InputError
+
+CPU = torch.device("cpu")
+
+
+def test_images_that_an_encoder_cannot_take_are_said_in_this_scripts_words():
+    with pytest.raises(InputError, match="--features: images with a side of 24 was given; encoder mae-vit-l"):
+        load_features("mae-vit-l", (24, 24))
+
+
+# Sources of images
+
+
+def test_every_source_reads_the_same_images(tmp_path):
+    real = random_images(120, 8, 1)
+    (tmp_path / "folder/a").mkdir(parents=True)
+    for i, image in enumerate(real):
+        Image.fromarray(image).save(tmp_path / f"folder/a/{i:04d}.png")
+    (tmp_path / "folder/.hidden.png").write_bytes(b"")
+    np.savez(tmp_path / "plain.npz", arr_0=real)
+    np.savez_compressed(tmp_path / "compressed.npz", arr_0=real)
+    (tmp_path / "data").mkdir()
+    np.save(tmp_path / "data/images.npy", np.ascontiguousarray(real.transpose(0, 3, 1, 2)))
+    np.save(tmp_path / "data/labels.npy", np.zeros(120, np.int64))
+    (tmp_path / "data/dataset.json").write_text(json.dumps({"resolution": 8, "count": 120}))
+    for name in ("folder", "plain.npz", "compressed.npz", "data"):
+        source = open_images(tmp_path / name)
+        assert source.size == (8, 8)
+        shares = [list(read_batches(source, 16, rank=rank, world_size=3)) for rank in range(3)]
+        indices, images = (torch.cat(parts) for parts in zip(*itertools.chain(*shares), strict=True))
+        order = indices.argsort()
+        assert torch.equal(indices[order], torch.arange(120))
+        assert torch.equal(images[order], as_images(real)), name
+        some = Subset(source, spread(120, 7))
+        assert torch.equal(some.read(2, 5), as_images(real)[[34, 51, 68]])
+
+
+def test_spread_takes_evenly_and_at_most_all():
+    assert spread(10, 4).tolist() == [0, 2, 5, 7]
+    assert spread(3, 10).tolist() == [0, 1, 2]
+
+
+# Feature spaces
+
+
+def cubic_row(values: torch.Tensor, where: float) -> torch.Tensor:
+    """Cubic interpolation (a = -0.75) of a row at one place, edges repeated."""
+    first, total = int(np.floor(where)), 0
+    for index in range(first - 1, first + 3):
+        distance = abs(where - index)
+        near = 1.25 * distance**3 - 2.25 * distance**2 + 1
+        far = -0.75 * (distance**3 - 5 * distance**2 + 8 * distance - 4)
+        total = total + (near if distance <= 1 else far) * values[min(max(index, 0), len(values) - 1)]
+    return total
+
+
+def test_dinov2_positions_follow_the_original_interpolation():
+    """Position p of the new grid lies at (p + 0.5) * 37 / 16.1 - 0.5 of the stored one, not at ... * 37 / 16."""
+    row = torch.randn(37, generator=torch.Generator().manual_seed(0))
+    planes = torch.stack([row.expand(37, 37), row[:, None].expand(37, 37)], dim=-1)
+    table = torch.cat([torch.tensor([[[5.0, 6.0]]]), planes.reshape(1, 37 * 37, 2)], dim=1)
+    found = dinov2_positions(table, 16)
+    assert found.shape == (1, 257, 2) and found[0, 0].tolist() == [5, 6]
+    expected = torch.stack([cubic_row(row, (p + 0.5) * 37 / 16.1 - 0.5) for p in range(16)])
+    grid = found[0, 1:].unflatten(0, (16, 16))
+    torch.testing.assert_close(grid[3, :, 0], expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(grid[:, 3, 1], expected, rtol=0, atol=1e-5)
+
+
+def test_fd_dinov2_takes_the_class_token_at_224(tmp_path, monkeypatch):
+    shallow = encoders.build
+    monkeypatch.setattr("evaluation.features.build", lambda spec, resolution: shallow(spec, resolution, depth=2))
+    file = write_public_file("dinov2-vit-b", tmp_path)
+    network = load_features("dinov2-vit-b", (32, 32), weights=file)
+    assert isinstance(network, DINOv2ClassToken)
+    assert (network.label, network.dim, network.spatial_dim) == ("dinov2-vit-b", ENCODERS["dinov2-vit-b"].width, 0)
+    assert network.network.pos_embed.shape == (1, 257, 768)
+    images = as_images(random_images(2, 224, 0))
+    with exact_float32(CPU):
+        found, spatial = network(images)
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        tokens = network.network.forward_features((images / 255 - mean) / std)
+    assert spatial is None
+    torch.testing.assert_close(found, tokens[:, 0], rtol=0, atol=1e-5)
+
+
+def test_other_encoders_give_the_mean_of_their_patch_tokens(tmp_path):
+    name = encoder_folder(tmp_path / "small")
+    state = torch.get_rng_state()
+    network = load_features(name, (16, 16))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (network.label, network.dim) == ("small-mean-tokens", 12)
+    images = as_images(random_images(3, 16, 0))
+    tokens = encoders.load_encoder(name, resolution=16)(images)
+    torch.testing.assert_close(network(images)[0], tokens.mean(1))

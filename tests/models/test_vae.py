@@ -1,0 +1,394 @@
+"""The VAE: parity with the public implementation, keys, files, errors, posterior, latent statistics."""
+
+import datetime
+import json
+
+import pytest
+import safetensors.torch
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from models.vae import (
+    TrainableVAE,
+    build_vae,
+    decode,
+    downsampling,
+    encode_moments,
+    kl,
+    latent_statistics,
+    load_vae,
+    measure_latent_statistics,
+    sample,
+    split_moments,
+    to_mean_std,
+    vae_config,
+    vae_models,
+)
+from models.vae_files import save_vae_files
+from models.vae_keys import diffusers_shape, from_ldm, infer_config, key_pairs, ldm_parameters, ldm_shape, to_ldm
+from tests.golden.fill import synth_image
+from tests.support.golden_data import GOLDEN, close, filled, load
+from utils.errors import InputError
+from utils.images import to_signed
+
+ARCHS = ("f8d4", "f16d32")
+TINY = "f4d4-tiny"
+MANIFESTS = json.loads((GOLDEN / "manifests.json").read_text())
+
+
+def manifest(arch):
+    return MANIFESTS[f"vae_{arch}"]["state_dict"]
+
+
+@pytest.fixture(scope="module", params=ARCHS)
+def golden(request, tmp_path_factory):
+    """A full-size VAE loaded from a public-form file, and the fixture's arrays."""
+    file = tmp_path_factory.mktemp("vae") / f"{request.param}.pt"
+    state = filled(manifest(request.param))
+    torch.save(state, file)
+    vae = load_vae(request.param, file)
+    assert all(torch.equal(tensor, state[key]) for key, tensor in to_ldm(vae).items())
+    return vae, *load(f"vae_{request.param}")
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    torch.manual_seed(0)
+    return build_vae(TINY).eval()
+
+
+@pytest.fixture
+def saved(tiny, tmp_path):
+    """The folder that save_vae_files writes for the tiny VAE, with its statistics."""
+    scale, bias = torch.rand(1, 4, 1, 1) + 0.5, torch.randn(1, 4, 1, 1)
+    return save_vae_files(tmp_path, "my-vae", tiny, scale, bias), scale, bias
+
+
+# Parity
+
+
+def test_forward_and_gradients(golden):
+    vae, arrays, meta = golden
+    vae.zero_grad()
+    pixels = to_signed(torch.from_numpy(arrays["in.image_u8"]))
+    moments, z, reconstruction = TrainableVAE(vae)(pixels, torch.from_numpy(arrays["in.eps"]))
+    mean, logvar = split_moments(moments)
+    std = to_mean_std(moments).chunk(2, dim=1)[1]
+    found = {"mean": mean, "logvar": logvar, "std": std, "kl": kl(moments), "z": z, "recon": reconstruction}
+    for name, tensor in found.items():
+        close(tensor, arrays[name], 2e-5, what=name)
+
+    l1 = (pixels - reconstruction).abs().mean()
+    close(l1, arrays["l1"], 2e-5, what="l1")
+    l1.backward()
+    gradients = {key: ldm_shape(key, parameter.grad) for key, parameter in ldm_parameters(vae)}
+    for name in meta["grad_names"]:
+        close(gradients[name], arrays[f"grad.{name}"], 5e-5, what=name)
+    for name, expected in meta["grad_l2"].items():
+        if not name.endswith("k.bias"):  # mathematically zero
+            assert gradients[name].norm().item() == pytest.approx(expected, rel=5e-4), name
+
+
+@torch.no_grad()
+def test_decode_and_clamped_posterior(golden):
+    vae, arrays, _ = golden
+    close(decode(vae, torch.from_numpy(arrays["decode.z"])), arrays["decode.out"], 2e-5)
+
+    class Constant(torch.nn.Module):
+        def forward(self, _):
+            return torch.from_numpy(arrays["gauss.moments"])
+
+    stub = type("Stub", (), {"encoder": Constant(), "quant_conv": None})()
+    moments = encode_moments(stub, None)
+    close(split_moments(moments)[1], arrays["gauss.logvar"], 1e-6)
+    close(to_mean_std(moments).chunk(2, dim=1)[1], arrays["gauss.std"], 1e-6)
+    close(kl(moments), arrays["gauss.kl"], 2e-5)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_full_resolution(golden):
+    vae, arrays, meta = golden
+    if "image256" not in meta:
+        pytest.skip("this fixture has no 256 x 256 image")
+    image = torch.from_numpy(synth_image(256, 256, meta["image256"]["seed"])).permute(2, 0, 1)[None]
+    moments = encode_moments(vae, to_signed(image))
+    mean, logvar = split_moments(moments)
+    found = {"mean": mean, "logvar": logvar, "kl": kl(moments), "decode_of_mean": decode(vae, mean)}
+    for name, tensor in found.items():
+        close(tensor, arrays[f"big.{name}"], 2e-5, what=name)
+
+
+# Keys
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_public_keys_in_public_order(arch):
+    with torch.device("meta"):
+        vae = build_vae(arch)
+    state = to_ldm(vae)
+    assert {key: list(tensor.shape) for key, tensor in state.items()} == manifest(arch)
+    assert list(state) == list(manifest(arch)) == [key for key, _ in ldm_parameters(vae)]
+    assert sum(parameter.numel() for _, parameter in ldm_parameters(vae)) == MANIFESTS[f"vae_{arch}"]["n_params"]
+
+
+CONFIGS = {
+    **vae_models,
+    "no quant convolutions": {"use_quant_conv": False, "use_post_quant_conv": False},
+    "no mid attention": {"mid_block_add_attention": False},
+    "attention everywhere": {
+        "down_block_types": ["AttnDownEncoderBlock2D"] * 2,
+        "up_block_types": ["AttnUpDecoderBlock2D"] * 2,
+    },
+    "three layers, grey": {"layers_per_block": 3, "in_channels": 1, "out_channels": 1},
+    "equal widths": {"block_out_channels": [32, 32]},
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_keys_of_any_architecture(name):
+    base = {
+        "latent_channels": 4,
+        "block_out_channels": [32, 64],
+        "down_block_types": ["DownEncoderBlock2D"] * 2,
+        "up_block_types": ["UpDecoderBlock2D"] * 2,
+        "layers_per_block": 1,
+    }
+    with torch.device("meta"):
+        vae = build_vae(CONFIGS[name] if name in vae_models else base | CONFIGS[name])
+    pairs = key_pairs(vae.config)
+    assert sorted(ours for _, ours in pairs) == sorted(vae.state_dict())
+    assert len({ldm for ldm, _ in pairs}) == len(pairs)
+    inferred = infer_config(to_ldm(vae))
+    assert inferred == {key: vae_config(vae)[key] for key in inferred}
+
+
+def test_ldm_round_trip_is_exact(tiny):
+    state = tiny.state_dict()
+    again = from_ldm(to_ldm(tiny), tiny.config)
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[key], state[key]) for key in state)
+    with pytest.raises(KeyError, match="nonsense"):
+        from_ldm({**to_ldm(tiny), "nonsense": torch.zeros(1)}, tiny.config)
+
+
+def test_shapes_of_optimizer_moments(tiny):
+    shapes = {key: tensor.shape for key, tensor in to_ldm(tiny).items()}
+    for key, parameter in ldm_parameters(tiny):
+        moment = torch.randn_like(parameter)
+        assert ldm_shape(key, moment).shape == shapes[key]
+        assert torch.equal(diffusers_shape(key, ldm_shape(key, moment)), moment)
+    assert shapes["decoder.mid.attn_1.proj_out.weight"] == (64, 64, 1, 1)
+    assert dict(ldm_parameters(tiny))["decoder.mid.attn_1.proj_out.weight"].shape == (64, 64)
+
+
+def test_config_rebuilds_the_network(tiny):
+    config = json.loads(json.dumps(vae_config(tiny)))
+    again = build_vae(config)
+    again.load_state_dict(tiny.state_dict())
+    pixels = torch.rand(1, 3, 32, 32)
+    assert torch.equal(encode_moments(again, pixels), encode_moments(tiny, pixels))
+    assert again.config.norm_num_groups == 8 and downsampling(again) == downsampling(config) == 4
+
+
+# Files
+
+
+def equal_weights(one, other):
+    other = other.state_dict()
+    return all(torch.equal(tensor, other[key]) for key, tensor in one.state_dict().items())
+
+
+def test_every_form_of_file_loads(tiny, saved, tmp_path):
+    folder, *_ = saved
+    wrapped = {
+        "epoch": 3,
+        "state_dict": {**to_ldm(tiny), "loss.logvar": torch.zeros(1), "model_ema.decay": torch.ones(1)},
+    }
+    torch.save(wrapped, tmp_path / "training.ckpt")
+    safetensors.torch.save_file({k: v.contiguous() for k, v in to_ldm(tiny).items()}, tmp_path / "ldm.safetensors")
+    (tmp_path / "pipeline").mkdir()
+    (folder / "diffusers").rename(tmp_path / "pipeline" / "vae")
+    weights = tmp_path / "pipeline" / "vae" / "diffusion_pytorch_model.safetensors"
+    files = [folder / "my-vae.pt", tmp_path / "training.ckpt", tmp_path / "ldm.safetensors", tmp_path / "pipeline"]
+    for path in [*files, weights]:
+        vae = load_vae(TINY, path)
+        assert equal_weights(tiny, vae), path
+        assert not vae.training and next(vae.parameters()).requires_grad
+    for path in files:  # shapes do not show the groups of the norms: the preset does
+        assert load_vae("auto", path).config.norm_num_groups == 8
+
+
+def test_half_precision_files_become_float32(tiny, tmp_path):
+    torch.save({key: tensor.half() for key, tensor in to_ldm(tiny).items()}, tmp_path / "half.pt")
+    vae = load_vae(TINY, tmp_path / "half.pt")
+    assert {parameter.dtype for parameter in vae.parameters()} == {torch.float32}
+
+
+def test_loading_leaves_the_random_state(saved):
+    before = torch.get_rng_state()
+    load_vae(TINY, saved[0] / "my-vae.pt")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def without(state, key):
+    return {name: tensor for name, tensor in state.items() if name != key}
+
+
+BAD_STATES = {
+    "lacks the key 'quant_conv.bias', which --vae f4d4-tiny needs": lambda s: without(s, "quant_conv.bias"),
+    "has the key 'extra.weight', which": lambda s: {**s, "extra.weight": torch.zeros(1)},
+    r"'decoder.conv_out.weight' has shape \(9, 16, 3, 3\); --vae f4d4-tiny needs \(3, 16, 3, 3\)": lambda s: {
+        **s,
+        "decoder.conv_out.weight": torch.zeros(9, 16, 3, 3),
+    },
+    "lacks the key 'decoder.conv_in.weight'": lambda s: {"weight": torch.zeros(1)},
+    "'encoder.conv_in.bias' is a str": lambda s: {**s, "encoder.conv_in.bias": "text"},
+    "take its VAE out with save_vae_weights.py": lambda s: {"vae": s, "ema": {}},
+    "holds an object of datetime.date": lambda s: {**s, "created": datetime.date(2024, 1, 1)},
+}
+
+
+@pytest.mark.parametrize("message", BAD_STATES)
+def test_bad_state_dicts(message, tiny, tmp_path):
+    torch.save(BAD_STATES[message](to_ldm(tiny)), tmp_path / "x.pt")
+    with pytest.raises(InputError, match=message) as error:
+        load_vae(TINY, tmp_path / "x.pt")
+    assert str(error.value).startswith(f"--vae-ckpt: {tmp_path / 'x.pt'}") and "\n" not in str(error.value)
+
+
+def test_another_architecture_is_named(saved):
+    folder, *_ = saved
+    for path in (folder / "my-vae.pt", folder / "diffusers"):
+        with pytest.raises(InputError, match=f"--vae-ckpt: {path} has 4 latent channels; --vae f16d32 needs 32"):
+            load_vae("f16d32", path)
+        with pytest.raises(InputError, match="downsamples by 4; --arch f8d4 needs 8"):
+            load_vae("f8d4", path, flags=("--arch", "--file"))
+
+
+def test_damaged_and_missing_files(saved, tmp_path):
+    folder, *_ = saved
+    whole = (folder / "my-vae.pt").read_bytes()
+    for name, contents in {"cut.pt": whole[: len(whole) // 2], "page.pt": b"<!DOCTYPE html>", "empty.pt": b""}.items():
+        (tmp_path / name).write_bytes(contents)
+        with pytest.raises(InputError, match=f"--vae-ckpt: .*{name} .*(truncated|no torch)"):
+            load_vae(TINY, tmp_path / name)
+    (tmp_path / "page.safetensors").write_bytes(b"<!DOCTYPE html>")
+    with pytest.raises(InputError, match=r"no readable \.safetensors file"):
+        load_vae(TINY, tmp_path / "page.safetensors")
+    with pytest.raises(InputError, match=r"missing.pt does not exist; .*hf download"):
+        load_vae("f8d4", tmp_path / "missing.pt")
+    with pytest.raises(InputError, match="does not say its architecture"):
+        load_vae("auto", folder / "diffusers" / "diffusion_pytorch_model.safetensors")
+
+
+def test_bad_folders(saved, tmp_path):
+    folder = saved[0] / "diffusers"
+    config, weights = folder / "config.json", folder / "diffusion_pytorch_model.safetensors"
+    state = safetensors.torch.load_file(weights)
+
+    safetensors.torch.save_file(without(state, "quant_conv.bias"), weights)
+    with pytest.raises(InputError, match=r"missing key 'quant_conv\.bias'"):  # diffusers would draw it at random
+        load_vae("auto", folder)
+    safetensors.torch.save_file({**state, "extra": torch.zeros(1)}, weights)
+    with pytest.raises(InputError, match="unexpected key 'extra'"):
+        load_vae("auto", folder)
+    weights.unlink()
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load_vae("auto", folder)
+    config.write_text('{"_class_name": "VQModel"}')
+    with pytest.raises(InputError, match="holds a VQModel"):
+        load_vae("auto", folder)
+    config.unlink()
+    with pytest.raises(InputError, match=r"no diffusers folder: a config.json"):
+        load_vae("auto", folder)
+
+
+# Posterior
+
+
+def test_posterior_against_torch_distributions():
+    moments, eps = torch.randn(3, 8, 2, 2), torch.randn(3, 4, 2, 2)
+    mean, logvar = split_moments(moments)
+    posterior = Normal(mean, torch.exp(0.5 * logvar))
+    expected = kl_divergence(posterior, Normal(torch.zeros(()), torch.ones(()))).sum(dim=(1, 2, 3))
+    torch.testing.assert_close(kl(moments), expected)
+    torch.testing.assert_close((sample(moments, eps) - mean) / posterior.stddev, eps)
+    assert kl(torch.zeros(2, 8, 1, 1)).tolist() == [0.0, 0.0]
+
+
+@torch.no_grad()
+def test_wrapper_equals_diffusers(tiny):
+    pixels, eps = torch.rand(2, 3, 32, 32) * 2 - 1, torch.randn(2, 4, 8, 8)
+    moments, z, reconstruction = TrainableVAE(tiny)(pixels, eps)
+    posterior = tiny.encode(pixels).latent_dist
+    assert torch.equal(moments, torch.cat([posterior.mean, posterior.logvar], dim=1))
+    torch.testing.assert_close(z, posterior.mean + posterior.std * eps)
+    assert torch.equal(reconstruction, tiny.decode(z).sample)
+
+
+@torch.no_grad()
+def test_moments_and_latents_stay_float32_under_autocast(tiny):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        moments, z, reconstruction = TrainableVAE(tiny)(torch.rand(1, 3, 32, 32), torch.randn(1, 4, 8, 8))
+    assert (moments.dtype, z.dtype, reconstruction.dtype) == (torch.float32, torch.float32, torch.bfloat16)
+
+
+# Statistics of the latents
+
+
+class Images:
+    """A data set that remembers which images were asked for."""
+
+    def __init__(self, count):
+        self.images = torch.randint(0, 256, (count, 3, 16, 16), dtype=torch.uint8)
+        self.asked = []
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitems__(self, indices):
+        self.asked += indices
+        return self.images[indices], torch.zeros(len(indices), dtype=torch.int64)
+
+
+@torch.no_grad()
+def test_measured_statistics_are_those_of_the_samples(tiny):
+    data = Images(20)
+    scale, bias = measure_latent_statistics(tiny, data, device="cpu", batch_size=8)
+    moments = encode_moments(tiny, to_signed(data.images))
+    generator = torch.Generator().manual_seed(0)
+    draws = [sample(moments, torch.randn(20, 4, 4, 4, generator=generator)) for _ in range(2000)]
+    z = torch.stack(draws).transpose(0, 2).flatten(1).double()  # (C, everything)
+    torch.testing.assert_close(bias.flatten().double(), z.mean(dim=1), rtol=0, atol=0.01)
+    torch.testing.assert_close(1 / scale.flatten().double(), z.std(dim=1), rtol=0.01, atol=0)
+    assert scale.shape == bias.shape == (1, 4, 1, 1) and scale.dtype == torch.float32
+
+
+def test_large_data_sets_are_sampled_evenly(tiny):
+    data = Images(30)
+    measure_latent_statistics(tiny, data, device="cpu", batch_size=4, max_images=10)
+    assert data.asked == list(range(0, 30, 3))
+
+
+def test_stored_statistics(saved, tmp_path):
+    folder, scale, bias = saved
+    for path in (folder / "my-vae.pt", folder / "diffusers"):
+        found = latent_statistics(path, load_vae("auto", path))
+        assert torch.equal(found[0], scale) and torch.equal(found[1], bias), path
+    lonely = tmp_path / "lonely.pt"
+    lonely.write_bytes((folder / "my-vae.pt").read_bytes())
+    vae = load_vae(TINY, lonely)
+    assert latent_statistics(lonely, vae) is None
+
+    for message, contents in {
+        "statistics of 32 channels; the VAE has 4": {
+            "latents_scale": torch.ones(1, 32, 1, 1),
+            "latents_bias": torch.ones(32),
+        },
+        "not positive": {"latents_scale": torch.zeros(1, 4, 1, 1), "latents_bias": torch.ones(1, 4, 1, 1)},
+        "lacks 'latents_scale'": {"scale": torch.ones(4)},
+    }.items():
+        torch.save(contents, tmp_path / "lonely-latents-stats.pt")
+        with pytest.raises(InputError, match=message):
+            latent_statistics(lonely, vae)

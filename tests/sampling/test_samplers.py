@@ -1,0 +1,81 @@
+"""Samplers against the public implementation, and against problems whose solution is known."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from models.sit import SiT
+from sampling.samplers import euler, euler_maruyama, heun, ode_times, sde_times
+from tests.support.golden_data import close, filled, load
+
+ARRAYS, META = load("samplers")
+
+
+@pytest.fixture(scope="module")
+def sit():
+    model = SiT(**META["config"])
+    model.load_state_dict(filled(load("sit_a")[1]["manifest"]), strict=False)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("run", META["runs"], ids=lambda run: run["name"])
+def test_golden_run(sit, run):
+    calls = []
+
+    def velocity(x_t, t, labels):
+        assert x_t.dtype == t.dtype == torch.float32
+        calls.append({"batch": len(x_t), "t": t[0].item()})
+        return sit(x_t, t, labels)[0]
+
+    noise, labels = torch.from_numpy(ARRAYS["in.latents"]), torch.from_numpy(ARRAYS["in.y"])
+    settings = dict(num_steps=run["num_steps"], guidance_scale=run["cfg_scale"], null_label=1000,
+                    guidance_interval=(run["guidance_low"], run["guidance_high"]))  # fmt: skip
+    if run["kind"] == "sde":
+        steps = torch.from_numpy(ARRAYS[f"{run['name']}.noise"])
+        settings |= dict(path_type=run["path_type"], step_noise=lambda i: steps[i])
+    out = {"euler": euler, "heun": heun, "sde": euler_maruyama}[run["kind"]](velocity, noise, labels, **settings)
+    assert out.dtype == torch.float64
+    assert calls == run["network_calls"]
+    close(out, ARRAYS[f"{run['name']}.out"], 1e-5)
+
+
+def test_golden_time_grids():
+    for key in (k for k in ARRAYS if k.startswith("grid.")):
+        _, kind, steps = key.split(".")
+        grid = (ode_times if kind == "ode" else sde_times)(int(steps[1:]))
+        close(grid, ARRAYS[key], 1e-7)
+
+
+def gaussian_velocity(x_t, t, labels):
+    """The exact velocity of the linear path when the data are N(0, s^2): E[noise - x_0 | x_t]."""
+    s2 = 0.25
+    t = t.view(-1, 1, 1, 1)
+    variance = (1 - t) ** 2 * s2 + t**2
+    return (t - (1 - t) * s2) / variance * x_t
+
+
+@pytest.mark.parametrize(("sampler", "order"), [(euler, 1), (heun, 2)])
+def test_order_of_convergence_on_a_gaussian(sampler, order):
+    """The ODE maps N(0, 1) to N(0, s^2) linearly: x_0 = s x_1. Halving the step divides the error by 2^order."""
+    noise, labels = torch.ones(1, 1, 1, 1), torch.zeros(1, dtype=torch.long)
+    errors = [abs(sampler(gaussian_velocity, noise, labels, num_steps=n).item() - 0.5) for n in (40, 80, 160)]
+    for coarse, fine in itertools.pairwise(errors):
+        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.25)
+
+
+def test_sde_reaches_the_same_distribution():
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda: torch.randn(20000, 1, 1, 1, generator=generator)  # noqa: E731
+    x = euler_maruyama(gaussian_velocity, draw(), torch.zeros(20000, dtype=torch.long), num_steps=200,
+                       path_type="linear", step_noise=lambda i: draw())  # fmt: skip
+    assert x.std().item() == pytest.approx(0.5, rel=0.03)
+    assert abs(x.mean().item()) < 0.02
+
+
+def test_guidance_needs_a_null_label_only_above_one():
+    noise, labels = torch.ones(1, 1, 1, 1), torch.zeros(1, dtype=torch.long)
+    euler(gaussian_velocity, noise, labels, num_steps=1, guidance_scale=1.0)
+    with pytest.raises(ValueError, match="null label"):
+        euler(gaussian_velocity, noise, labels, num_steps=1, guidance_scale=1.5)

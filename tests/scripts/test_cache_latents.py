@@ -1,0 +1,178 @@
+"""cache_latents.py: the same cache from one process, two, or a job that was killed and started again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import cache_latents
+from dataset.data import ImageData, LatentData
+from models.vae import build_vae, encode_moments, measure_latent_statistics, to_mean_std
+from models.vae_files import save_vae_files
+from models.vae_keys import to_ldm
+from utils.files import sha256
+from utils.images import to_signed
+
+COUNT = 37  # not a multiple of the batch
+
+
+@pytest.fixture(scope="module")
+def vae():
+    torch.manual_seed(0)
+    return build_vae("f4d4-tiny").eval()
+
+
+@pytest.fixture(scope="module")
+def place(vae, tmp_path_factory):
+    """A folder with a data folder `data` and a VAE `vae.pt`."""
+    folder = tmp_path_factory.mktemp("cache")
+    torch.save(to_ldm(vae), folder / "vae.pt")
+    make_data(folder / "data", COUNT)
+    return folder
+
+
+def make_data(folder, count, size=32):
+    folder.mkdir()
+    np.save(folder / "images.npy", np.random.default_rng(count).integers(0, 256, (count, 3, size, size), np.uint8))
+    np.save(folder / "labels.npy", np.arange(count) % 3)
+    (folder / "dataset.json").write_text(json.dumps({"count": count, "resolution": size, "sources": []}))
+
+
+def flags(place, name, *more, batch=8):
+    return [
+        "--vae-arch", "f4d4-tiny", "--vae-ckpt-path", str(place / "vae.pt"), "--vae-latents-name", name,
+        "--data-dir", str(place / "data"), "--output-dir", str(place), "--pproc-batch-size", str(batch),
+        "--num-workers", "0", *more,
+    ]  # fmt: skip
+
+
+def refused(capsys, arguments):
+    with pytest.raises(SystemExit) as leaving:
+        cache_latents.main(arguments)
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert leaving.value.code == 2 and message.count("error:") == 1
+    return message
+
+
+@pytest.fixture(scope="module")
+def whole(place):
+    cache_latents.main(flags(place, "whole"))
+    return LatentData(place / "whole", ImageData(place / "data"))
+
+
+def environment():
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": "."}
+
+
+@torch.no_grad()
+def test_the_cache(whole, place, vae):
+    data = ImageData(place / "data")
+    pixels = to_signed(data.__getitems__(range(COUNT))[0])
+    expected = to_mean_std(encode_moments(vae, pixels))
+    torch.testing.assert_close(whole.__getitems__(range(COUNT)), expected, rtol=1e-4, atol=1e-5)
+    info = whole.info
+    assert info["vae_sha256"] == sha256(place / "vae.pt") and info["vae"] == str(place / "vae.pt")
+    assert (info["count"], info["shape"], info["dtype"]) == (COUNT, [COUNT, 8, 8, 8], "float32")
+    again = build_vae(info["vae_config"])
+    again.load_state_dict(vae.state_dict())
+    torch.testing.assert_close(to_mean_std(encode_moments(again, pixels)), expected)
+    scale, bias = measure_latent_statistics(vae, data, device="cpu")  # the file has none beside it
+    torch.testing.assert_close(torch.tensor(info["latents_scale"]), scale.flatten())
+    torch.testing.assert_close(torch.tensor(info["latents_bias"]), bias.flatten(), rtol=1e-4, atol=1e-6)
+
+
+def test_two_processes_write_the_same(whole, place):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, "cache_latents.py", *flags(place, "two")],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert np.array_equal(np.load(place / "two.npy"), whole.array)
+    one, two = whole.info, json.loads((place / "two.json").read_text())
+    for name in ("latents_scale", "latents_bias"):
+        np.testing.assert_allclose(two.pop(name), one[name], rtol=1e-6)
+    assert two == {key: value for key, value in one.items() if key in two} | {"name": "two"}
+
+
+def test_a_killed_job_goes_on(whole, place, monkeypatch):
+    """Killed for real, after its first batches; then finished in this process, which does only the rest."""
+    slow = (
+        "import cache_latents, time, sys; cache_latents.FLUSH_SECONDS = 0; write = cache_latents.LatentCache.flush\n"
+        "def flush(self): write(self); time.sleep(0.3)\n"
+        "cache_latents.LatentCache.flush = flush; cache_latents.main(sys.argv[1:])"
+    )
+    arguments = flags(place, "killed", batch=4)
+    job = subprocess.Popen([sys.executable, "-c", slow, *arguments], env=environment(), stderr=subprocess.DEVNULL)
+    progress = place / "killed.done.tmp-cache"
+    deadline = time.monotonic() + 60
+    while not (progress.exists() and np.load(progress, mmap_mode="r").sum() >= 8):
+        assert job.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    job.send_signal(signal.SIGKILL)
+    job.wait()
+    done = int(np.load(progress).sum())
+    assert 8 <= done < COUNT and not (place / "killed.npy").exists()
+
+    encoded = []
+    real = cache_latents.encode_moments
+    monkeypatch.setattr(
+        cache_latents, "encode_moments", lambda vae, pixels: encoded.append(len(pixels)) or real(vae, pixels)
+    )
+    cache_latents.main(arguments)
+    assert sum(encoded) == COUNT - done
+    np.testing.assert_allclose(np.load(place / "killed.npy"), whole.array, rtol=1e-4, atol=1e-5)
+    assert not list(place.glob("killed.*tmp*"))
+
+
+def test_stored_statistics_and_diffusers_folders(whole, place, vae):
+    scale, bias = torch.full((4,), 2.0), torch.arange(4.0)
+    folder = save_vae_files(place, "saved", vae, scale, bias)
+    for name, path in (("file", folder / "saved.pt"), ("folder", folder / "diffusers")):
+        cache_latents.main(flags(place, name, "--vae-ckpt-path", str(path), "--vae-arch", "auto", "--dtype", "float16"))
+        latents = LatentData(place / name)
+        assert latents.array.dtype == np.float16
+        assert np.array_equal(latents.array, whole.array.astype(np.float16))
+        assert latents.info["latents_scale"] == [2.0] * 4 and latents.info["latents_bias"] == [0.0, 1.0, 2.0, 3.0]
+
+
+def test_a_finished_cache(whole, place, capsys):
+    before = (place / "whole.npy").stat().st_mtime_ns
+    cache_latents.main(flags(place, "whole"))
+    assert "is there already" in capsys.readouterr().out
+    assert "exists already, of another VAE, data set or dtype" in refused(
+        capsys, flags(place, "whole", "--dtype", "float16")
+    )
+    assert (place / "whole.npy").stat().st_mtime_ns == before
+
+
+def test_bad_input(place, capsys):
+    make_data(place / "odd", 3, size=30)
+    for message, more in {
+        "--data-dir: none is not a folder": ["--data-dir", "none"],
+        "--vae-ckpt-path: none.pt does not exist": ["--vae-ckpt-path", "none.pt"],
+        "vae.pt has 4 latent channels; --vae-arch f16d32 needs 32": ["--vae-arch", "f16d32"],
+        "--vae-arch: f4d4-tiny needs images of a multiple of 4 pixels": ["--data-dir", str(place / "odd")],
+        "--vae-latents-name: '../x' was given": ["--vae-latents-name", "../x"],
+        "vae.pt cannot be written": ["--output-dir", str(place / "vae.pt")],
+    }.items():
+        assert message in refused(capsys, flags(place, "bad", *more))
+    assert not list(place.glob("bad*"))
+
+
+def test_latents_that_are_not_finite(place, vae, capsys):
+    broken = to_ldm(vae)
+    broken["quant_conv.bias"] = torch.full_like(broken["quant_conv.bias"], float("nan"))
+    torch.save(broken, place / "nan.pt")
+    message = refused(capsys, flags(place, "nan", "--vae-ckpt-path", str(place / "nan.pt")))
+    assert "--vae-ckpt-path: the VAE's latents of images 0 to 7 are not finite" in message
+    assert not (place / "nan.npy").exists()

@@ -1,0 +1,187 @@
+"""Two processes do what one does: the same draws and data, equal gradients on both, losses equal up to rounding."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import train_ldm_only
+import train_repae
+import train_vae
+from tests.support import small
+from tests.support.evaluation_data import random_images
+from tests.support.workers.distributed import evaluate_images, latents, normalise
+from tests.support.workers.recorder import recording
+from utils.images import save_png
+
+SCRIPTS = {"train_repae": train_repae, "train_ldm_only": train_ldm_only, "train_vae": train_vae}
+PER_PROCESS_NORM = ("d_loss", "logits_real", "logits_fake", "lecam_loss", "grad_norm_disc")  # of the discriminator
+
+
+def commands(place, output, folder) -> dict[str, tuple[str, list[str]]]:
+    """{job: (script, argv)}: three runs, and some that must be refused."""
+    loss = small.write_loss_config(folder / "loss.yaml", discriminator_weight=0)
+    bare = folder / "bare.pt"  # without statistics, so that these are measured, by both processes together
+    shutil.copy(place.vae, bare)
+    rates = dict(learning_rate=1e-4, vae_learning_rate=1e-5, disc_learning_rate=3e-5)
+    online = dict(eval_steps=3, eval_reference=place.data, eval_samples=70, eval_features=place.encoder)
+    stats = folder / "stats.npz"  # of another space
+    meta = dict(format=1, features="inception", size=[24, 24], count=20, source="")
+    np.savez(stats, mu=np.zeros(2048), sigma=np.eye(2048), meta=np.array(json.dumps(meta)))
+    damaged = folder / "damaged"
+    damaged.mkdir()
+    for i, image in enumerate(random_images(8, 24, 0)):
+        save_png(image, damaged / f"{i}.png")
+    (damaged / "5.png").write_bytes(b"no image")
+    common = dict(loss_cfg_path=loss, max_train_steps=3, checkpointing_steps=3, **rates)
+    return {
+        "train_repae": ("train_repae", small.repae_options(
+            place, output, "train_repae", vae_ckpt=bare, gradient_accumulation_steps=2, num_preview=2, **common)),
+        "train_ldm_only": ("train_ldm_only", small.ldm_options(
+            place, output, "train_ldm_only", max_train_steps=3, **online)),
+        "train_vae": ("train_vae", small.vae_options(place, output, "train_vae", **common)),
+        "odd batch": ("train_ldm_only", small.ldm_options(place, output, "refused", batch_size=9)),
+        "no data": ("train_repae", small.repae_options(place, output, "refused", data_dir=folder / "none")),
+        "no reference": ("train_repae", small.repae_options(
+            place, output, "refused", **online | dict(eval_reference=folder / "none"))),
+        "other statistics": ("train_ldm_only", small.ldm_options(
+            place, output, "refused", **online | dict(eval_reference=stats))),
+        "damaged image": ("evaluate", small.argv(  # the last job: it ends the process group
+            samples=damaged, reference=place.data, features=place.encoder, batch_size=4, output=output / "e.json")),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def two(place, tmp_path_factory):
+    """(output folder, what process 0 saw, what process 1 saw) of one start under torchrun."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "jobs.json").write_text(json.dumps(commands(place, folder / "exps", folder)))
+    done = small.run_python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                            "tests/support/workers/distributed.py", folder)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder / "exps", *(torch.load(folder / f"{rank}.pt") for rank in (0, 1))
+
+
+@pytest.fixture(scope="module")
+def one(place, tmp_path_factory):
+    """(output folder, what was seen) of the same runs in this process."""
+    folder = tmp_path_factory.mktemp("one")
+    records = {}
+    for job, (script, argv) in commands(place, folder / "exps", folder).items():
+        if job in SCRIPTS:
+            with recording() as records[job]:
+                SCRIPTS[script].main(argv)
+    return folder / "exps", records
+
+
+@pytest.mark.parametrize("job", SCRIPTS)
+def test_draws_and_data_are_those_of_one_process(job, one, two):
+    for kind in ("draws", "batches"):
+        whole, shares = one[1][job][kind], [process[job][kind] for process in two[1:]]
+        assert whole and len(shares[0]) == len(shares[1]) == len(whole)
+        for expected, *parts in zip(whole, *shares, strict=True):
+            if kind == "draws":
+                assert expected[0] == parts[0][0] == parts[1][0]
+                expected, parts = expected[1:], [part[1:] for part in parts]
+            for tensor, *pieces in zip(expected, *parts, strict=True):
+                assert torch.equal(tensor, torch.cat(pieces)) and not torch.equal(*pieces)
+
+
+@pytest.mark.parametrize("job", SCRIPTS)
+def test_gradients_are_equal_on_all_ranks(job, one, two):
+    """Of every parameter of every network, bit for bit, before clipping; and so are the weights that follow."""
+    whole = one[1][job]
+    for process in two[1:]:
+        assert [step.keys() for step in process[job]["gradients"]] == [step.keys() for step in whole["gradients"]]
+        assert all(difference == 0 for step in process[job]["gradients"] for _, difference in step.values())
+    assert two[1][job]["weights"] == two[2][job]["weights"] != []
+
+    names = small.checkpoint(one[0], job, 3)["param_names"]
+    order = {
+        "train_repae": ["opt_vae", "opt_disc", "opt"],
+        "train_ldm_only": ["opt"],
+        "train_vae": ["opt_vae", "opt_disc"],
+    }
+    frozen = {"pos_embed"} if job == "train_ldm_only" else set()  # the position table learns in REPA-E training alone
+    expected = [set(names[optimizer]) - frozen for optimizer in order[job]] * 3
+    assert [set(step) for step in whole["gradients"]] == expected
+    assert all(any(norm > 0 for norm, _ in step.values()) for step in whole["gradients"])
+    if job == "train_repae":
+        assert all(step["pos_embed"][0] > 0 for step in whole["gradients"][2::3])
+
+
+LOWLR = [(1e-5, 0, 1e-5), (5e-4, 1e-5, 2e-3), (3e-3, 1e-4, 1e-2)]  # relative, absolute, relative of gradient norms
+
+
+@pytest.mark.parametrize("job", SCRIPTS)
+def test_losses_are_those_of_one_process(job, one, two):
+    rows = zip(small.metrics(one[0], job), small.metrics(two[0], job), LOWLR, strict=True)
+    for expected, actual, (rel, absolute, rel_norms) in rows:
+        assert expected.keys() == actual.keys()
+        for name in expected.keys() - set(PER_PROCESS_NORM):
+            allowed = rel_norms if "norm" in name else rel
+            assert actual[name] == pytest.approx(expected[name], rel=allowed, abs=absolute), (expected["step"], name)
+
+
+def test_both_processes_measure_the_latents(one, two):
+    for name in ("latents_scale", "latents_bias"):
+        measured = [torch.load(output / "train_repae" / "latents-stats.pt")[name] for output in (one[0], two[0])]
+        torch.testing.assert_close(*measured, rtol=1e-6, atol=1e-6)
+    files = [torch.load(output / "train_vae" / "train_vae-latents-stats.pt") for output in (one[0], two[0])]
+    torch.testing.assert_close(*files, rtol=1e-4, atol=1e-4)
+
+
+def test_both_processes_draw_the_previews(one, two):
+    names = [
+        sorted(path.name for path in (output / "train_repae" / "samples").iterdir()) for output in (one[0], two[0])
+    ]
+    assert names[0] == names[1] == ["0000003-reconstructions.png", "0000003-samples.png"]
+
+
+def test_the_normaliser_sees_the_joined_batch(two):
+    expected = normalise(latents())
+    actual = [process["normaliser"] for process in two[1:]]
+    joined = torch.cat([process["outputs"] for process in actual])
+    torch.testing.assert_close(joined, expected["outputs"], rtol=1e-6, atol=1e-6)
+    for process in actual:
+        torch.testing.assert_close(process["buffers"], expected["buffers"], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("job", "message"),
+    [("odd batch", "--batch-size: 9 images do not divide by 2 processes"), ("no data", "none is not a folder"),
+     ("no reference", "error: --eval-reference: "), ("other statistics", "was made in the space of inception")],
+)  # fmt: skip
+def test_refused_once_for_all(job, message, two):
+    """Exit code 2 on both, one line on stderr from rank 0 alone, and nothing written."""
+    output, first, second = two
+    assert first[job]["code"] == second[job]["code"] == 2
+    assert message in first[job]["stderr"] and first[job]["stderr"].count("\n") == 1
+    assert second[job]["stderr"] == ""
+    assert not (output / "refused").exists()
+
+
+def test_what_one_process_alone_meets_is_said_by_it_and_ends_all(two):
+    first, second = (process["damaged image"] for process in two[1:])
+    assert first["code"] == second["code"] == 2 and not (two[0] / "e.json").exists()
+    assert "error" not in first["stderr"].lower()
+    (said,) = (line for line in second["stderr"].splitlines() if "error" in line.lower())
+    assert "[rank 1]: error: " in said and "5.png" in said
+
+
+@pytest.mark.parametrize("count", [90, 15])
+def test_metrics_are_those_of_one_process(count, two):
+    expected = evaluate_images(count)
+    assert len(expected) == 8 and expected["fid"] > 0 and expected["sfid"] > 0
+    for process in two[1:]:
+        assert process["evaluation"][count] == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_online_evaluation_is_that_of_one_process(one, two):
+    """70 samples are two batches of 64: one for each process."""
+    curves = [(output / "train_ldm_only" / "evaluations.jsonl").read_text().splitlines() for output in (one[0], two[0])]
+    assert len(curves[0]) == len(curves[1]) == 1
+    expected, actual = (json.loads(curve[0]) for curve in curves)
+    assert actual["step"] == 3 and actual == pytest.approx(expected, rel=1e-3)

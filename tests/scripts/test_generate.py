@@ -1,0 +1,272 @@
+"""generate.py: sample i depends on (seed, i) alone, a killed job goes on, and what was done is on record."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+import generate
+from sampling import generation
+from sampling.store import SampleStore
+from tests.support import small
+from tests.support.evaluation_data import encoder_folder, samples_file
+from tests.support.sampling import (
+    BATCH,
+    CLASSES,
+    COUNT,
+    SIDE,
+    difference,
+    draw,
+    flags,
+    record_calls,
+    refused,
+    write_runs,
+)
+from utils.rng import sample_labels
+
+
+@pytest.fixture(scope="module")
+def exps(tmp_path_factory):
+    return write_runs(tmp_path_factory.mktemp("exps"))
+
+
+@pytest.fixture(scope="module")
+def whole(exps, tmp_path_factory):
+    """An ordinary job in one piece, by one process."""
+    return draw(exps, tmp_path_factory.mktemp("whole"), mode="sde", label_sampling="random")
+
+
+@pytest.fixture
+def draws(monkeypatch):
+    """{(seed, purpose, sample number): bits} of all that is drawn; a second draw of the same must give the same."""
+    seen = {}
+
+    def note(kind, drawing):
+        def noted(seed, *rest):
+            *purpose, indices, _ = rest  # a shape, or a number of classes
+            values = drawing(seed, *rest)
+            for index, value in zip(indices, values, strict=True):
+                key = (kind, seed, *purpose, index)
+                assert seen.setdefault(key, value.numpy().tobytes()) == value.numpy().tobytes(), key
+            return values
+
+        return noted
+
+    monkeypatch.setattr(generation, "sample_normal", note("normal", generation.sample_normal))
+    monkeypatch.setattr(generate, "sample_labels", note("label", generate.sample_labels))
+    return seen
+
+
+# Sample i depends on (seed, i) alone
+
+
+@pytest.mark.parametrize("batch_size", [3, 20])
+def test_another_batch_size(exps, whole, tmp_path, draws, batch_size):
+    other = draw(exps, tmp_path / "a", mode="sde", pproc_batch_size=batch_size)
+    found = dict(draws)
+    draw(exps, tmp_path / "b", mode="sde", pproc_batch_size=BATCH)  # `draws` compares every bit with those before
+    purposes = {"noise", "step 0", "step 1"}
+    assert {key for key in found if key[-1] < COUNT} == {
+        *(("normal", 0, purpose, i) for purpose in purposes for i in range(COUNT)),
+        *(("label", 0, i) for i in range(COUNT)),
+    }
+    assert np.array_equal(other.labels, whole.labels)
+    apart = difference(other.images, whole.images)
+    assert apart.max() <= 1 and (apart > 0).mean() < 1e-3
+
+
+def test_the_number_of_samples_does_not_matter(exps, whole, tmp_path):
+    fewer = draw(exps, tmp_path, mode="sde", num_fid_samples=13)
+    assert np.array_equal(fewer.images, whole.images[:13]) and np.array_equal(fewer.labels, whole.labels[:13])
+
+
+def test_the_seed_does(exps, whole, tmp_path):
+    other = draw(exps, tmp_path, mode="sde", global_seed=1)
+    assert not np.array_equal(other.labels, whole.labels)
+    assert (difference(other.images, whole.images).max(axis=(1, 2, 3)) > 20).all()
+    assert "_seed1" in other.npz.stem
+
+
+def test_samples_differ_from_each_other(whole):
+    """Without this, the tests here would also pass for a generator of one image."""
+    assert len({image.tobytes() for image in whole.images}) == COUNT
+    assert whole.images.std(axis=0).mean() > 10 and 0 < np.median(whole.images) < 255
+
+
+@pytest.fixture(scope="module")
+def elsewhere(exps, tmp_path_factory):
+    """The job of `whole` by two processes, which also measure it, and by one that SIGKILL ends in its third batch."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    reference, encoder = samples_file(folder / "reference.npz", 40, SIDE, 1), encoder_folder(folder / "vit", SIDE)
+    measured = dict(evaluate=reference, features=encoder)
+    commands = {
+        "two": ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "generate.py",
+                *flags(exps, folder / "two", mode="sde", **measured)),
+        "killed": ("tests/support/workers/killed_sampler.py", *flags(exps, folder / "killed", mode="sde")),
+    }  # fmt: skip
+    started = {name: subprocess.Popen([sys.executable, *map(str, words)], cwd=small.ROOT, text=True,
+                                      env=small.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+               for name, words in commands.items()}  # fmt: skip
+    ended = {name: (*process.communicate(timeout=240), process.returncode) for name, process in started.items()}
+    return SimpleNamespace(folder=folder, measured=measured, ended=ended)
+
+
+def test_two_processes_give_the_same_file(whole, elsewhere):
+    _, errors, code = elsewhere.ended["two"]
+    assert code == 0, errors
+    two = elsewhere.folder / "two" / whole.npz.name
+    assert two.read_bytes() == whole.npz.read_bytes()
+    assert two.with_suffix(".png").read_bytes() == whole.npz.with_suffix(".png").read_bytes()
+    assert json.loads(two.with_suffix(".json").read_text())["processes"] == 2
+
+
+def test_a_killed_job_goes_on_and_gives_the_same_file(exps, whole, elsewhere, draws):
+    assert elsewhere.ended["killed"][2] == -9, elsewhere.ended["killed"][1]
+    folder = elsewhere.folder / "killed"
+    name = whole.npz.stem
+    assert sorted(path.name for path in folder.iterdir()) == [
+        f"{name}.partial.{kind}" for kind in ("done", "json", "lock", "npy")
+    ]
+    resumed = draw(exps, folder, mode="sde")
+    assert {key[-1] for key in draws if key[0] == "normal"} == set(range(16, 24))  # its last batch alone
+    assert resumed.npz.read_bytes() == whole.npz.read_bytes()
+    assert resumed.record["drawn"] == 4
+    assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".npz", ".png"]
+
+
+# A job that goes on, in one process
+
+
+def interrupt(exps, folder, monkeypatch, after: int, **options) -> None:
+    """A job that stops before its batch number `after` is written."""
+    write = SampleStore.write
+
+    def write_or_stop(store, batch, images):
+        if batch == after:
+            raise KeyboardInterrupt
+        write(store, batch, images)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(SampleStore, "write", write_or_stop)
+        generate.main(flags(exps, folder, **options))
+
+
+def test_a_restart_draws_only_what_is_missing(exps, tmp_path, monkeypatch):
+    interrupt(exps, tmp_path / "a", monkeypatch, after=2)
+    calls = record_calls(monkeypatch)
+    resumed = draw(exps, tmp_path / "a", save_png=True, grid="2x3")  # options that the images do not depend on
+    assert calls == [2 * BATCH] * 3
+    assert np.array_equal(resumed.images, draw(exps, tmp_path / "b").images)
+    pictures = [np.asarray(Image.open(resumed.npz.with_suffix("") / f"{i:06d}.png")) for i in range(COUNT)]
+    assert np.array_equal(np.stack(pictures), resumed.images)
+
+
+def test_an_interrupted_job_of_other_options_is_left_alone(exps, tmp_path, monkeypatch, capsys):
+    interrupt(exps, tmp_path, monkeypatch, after=1, pproc_batch_size=5)
+    line = refused(flags(exps, tmp_path), capsys, tmp_path)
+    assert "partial.json" in line and "pproc_batch_size: 5, now 8" in line and "--overwrite" in line
+    assert draw(exps, tmp_path, overwrite=True).record["drawn"] == COUNT
+
+
+def test_what_lies_beside_a_result_is_left_alone(exps, tmp_path, capsys):
+    """The record and the pictures of samples that were moved away."""
+    job = draw(exps, tmp_path, trajectory=True)
+    job.npz.unlink()
+    for suffix in (".json", ".png", "-trajectory.png"):
+        file = tmp_path / f"{job.npz.stem}{suffix}"
+        assert f"{file} exists already" in refused(flags(exps, tmp_path, trajectory=True), capsys, tmp_path)
+        file.unlink()
+    assert draw(exps, tmp_path, trajectory=True).record["drawn"] == COUNT
+
+
+def test_a_changed_checkpoint_is_another_job(exps, tmp_path, monkeypatch, capsys):
+    interrupt(exps, tmp_path, monkeypatch, after=1)
+    changed = tmp_path / "exps" / "repae" / "checkpoints"
+    changed.mkdir(parents=True)
+    (changed / "0000007.pt").write_bytes((exps / "swapped" / "checkpoints" / "0000007.pt").read_bytes())
+    assert "checkpoint: " in refused(flags(tmp_path / "exps", tmp_path), capsys, tmp_path)
+
+
+def test_an_existing_result_is_left_alone(exps, tmp_path, capsys):
+    first = draw(exps, tmp_path)
+    line = refused(flags(exps, tmp_path), capsys, tmp_path)
+    assert f"--sample-dir: {first.npz} exists already; --overwrite" in line
+    refused(flags(exps, tmp_path, num_fid_samples=20, num_steps=3, pproc_batch_size=5), capsys, tmp_path)
+    assert draw(exps, tmp_path, overwrite=True).record["drawn"] == COUNT
+
+
+# Labels
+
+
+def test_the_network_sees_the_labels_that_the_file_tells(exps, tmp_path):
+    random = draw(exps, tmp_path / "a")
+    np.save(tmp_path / "labels.npy", random.labels)
+    (tmp_path / "labels.txt").write_text("\n".join(map(str, random.labels)))
+    for kind in ("npy", "txt"):
+        listed = draw(exps, tmp_path / kind, label_file=tmp_path / f"labels.{kind}")
+        assert np.array_equal(listed.images, random.images) and np.array_equal(listed.labels, random.labels)
+        assert listed.record["labels"] == "file" and listed.npz.stem.endswith("labels-labels")
+    np.save(tmp_path / "labels.npy", (random.labels + 1) % CLASSES)
+    others = draw(exps, tmp_path / "b", label_file=tmp_path / "labels.npy")
+    assert (difference(others.images, random.images).max(axis=(1, 2, 3)) > 2).all()
+
+
+def scheme(count: int = COUNT, **options) -> np.ndarray:
+    args = generate.generate_parser().parse_args(small.argv(exp_path="x", num_fid_samples=count, **options))
+    return generate.label_scheme(args, CLASSES)(range(count)).numpy()
+
+
+def test_label_schemes():
+    random = scheme(5000)
+    assert np.array_equal(random, sample_labels(0, range(5000), CLASSES).numpy())
+    assert np.bincount(random, minlength=CLASSES).min() > 400
+    assert np.array_equal(np.bincount(scheme(50, label_sampling="equal")), [5] * CLASSES)
+    assert np.array_equal(scheme(6, classes="7,2, 3", label_sampling="equal"), [7, 2, 3, 7, 2, 3])
+    some = scheme(300, classes="7,2")
+    assert set(some) == {2, 7} and 100 < (some == 7).sum() < 200
+    assert set(scheme(300, num_classes=3)) == {0, 1, 2}
+    assert not np.array_equal(scheme(100, global_seed=1), scheme(100))
+
+
+# Record and evaluation
+
+
+def test_record(exps, whole):
+    record = whole.record
+    assert record["run"] == "repae" and record["step"] == 7
+    assert record["checkpoint"] == str(exps / "repae" / "checkpoints" / "0000007.pt")
+    assert record["sha256"]["checkpoint"] == generate.sha256(record["checkpoint"])
+    parsed = vars(generate.generate_parser().parse_args(flags(exps, whole.folder, mode="sde")))
+    assert record["options"] == json.loads(json.dumps(parsed))
+    assert record["labels"] == "random" and record["sampler"]["mode"] == "sde" and record["nfe"] == 3
+    assert record["drawn"] == COUNT and record["processes"] == record["threads"] == 1
+    assert record["images_per_second"] >= COUNT / record["seconds"] > 0  # of sampling alone
+    assert record["versions"]["torch"] == torch.__version__ and record["device"].endswith("CPU")
+    assert whole.npz.name == "repae_0000007_cfg1.5-0.0-1.0_sde_steps3_n20.npz"
+    assert whole.images.dtype == np.uint8 and whole.images.shape == (COUNT, SIDE, SIDE, 3)
+
+
+def test_evaluation_gives_what_evaluate_py_gives(exps, whole, elsewhere, tmp_path, monkeypatch, capsys):
+    """Also by two processes, and also when some batches are read back from the partial file."""
+    measured = elsewhere.measured
+    evaluate.main(small.argv(samples=whole.npz, reference=measured["evaluate"], features=measured["features"],
+                             output=tmp_path / "expected.json"))  # fmt: skip
+    expected = json.loads((tmp_path / "expected.json").read_text())
+    capsys.readouterr()
+
+    two = json.loads((elsewhere.folder / "two" / whole.npz.name).with_suffix(".json").read_text())
+    interrupt(exps, tmp_path / "s", monkeypatch, after=1, mode="sde", **measured)
+    resumed = draw(exps, tmp_path / "s", mode="sde", **measured)
+    printed = capsys.readouterr().out
+    for record in (two, resumed.record):
+        found = dict(record["evaluation"])
+        assert found.pop("reference") == str(measured["evaluate"]) and found.pop("features") == "vit-mean-tokens"
+        assert found.keys() == {"fd_vit-mean-tokens", "precision_vit-mean-tokens", "recall_vit-mean-tokens"}
+        assert found == pytest.approx({name: expected[name] for name in found}, rel=1e-6)
+    assert found["fd_vit-mean-tokens"] > 0 and f"{found['fd_vit-mean-tokens']:.6g}" in printed

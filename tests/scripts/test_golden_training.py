@@ -1,0 +1,258 @@
+"""Three steps of each golden training trajectory, through the very `train_step` of the scripts."""
+
+import contextlib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import train_ldm_only
+import train_repae
+from loss.adversarial import DiscriminatorLoss
+from loss.config import VAELossConfig
+from loss.perceptual import load_lpips
+from loss.vae import VAELoss
+from models.discriminator import PatchDiscriminator
+from models.interpolant import Noising
+from models.sit import SiT
+from models.vae import TrainableVAE, build_vae
+from models.vae_keys import from_ldm, ldm_parameters, to_ldm
+from tests.golden.fill import subsample
+from tests.support.golden_data import close, filled, filled_vgg16, load
+from training.ema import update_ema
+from training.optimizer import Optimizer
+
+
+class RecordedDraws:
+    """The draws of one step, as the fixture holds them."""
+
+    def __init__(self, arrays, step):
+        names = {
+            "posterior": "posterior_eps",
+            "noise": "noises",
+            "time": "raw_time_draw",
+            "label": "label_drop_uniform",
+        }
+        self.values = {purpose: torch.from_numpy(arrays[f"in.{name}"][step]) for purpose, name in names.items()}
+
+    def normal(self, purpose, *shape):
+        return self.values[purpose].flatten() if purpose == "time" else self.values[purpose]
+
+    uniform = normal
+
+
+def fake_run(arrays):
+    """What `train_step` asks of a run, with the recorded draws."""
+    return SimpleNamespace(
+        device=torch.device("cpu"),
+        draws=lambda step, micro_step: RecordedDraws(arrays, step),
+        autocast=contextlib.nullcontext,
+        synchronised=lambda *modules, when: contextlib.nullcontext(),
+    )
+
+
+def build_sit(arrays, meta, *, learn_pos_embed):
+    sit = SiT(**meta["config"]["sit"], learn_pos_embed=learn_pos_embed)
+    manifest = {key: tensor.shape for key, tensor in sit.state_dict().items()}
+    sit.load_state_dict(filled(manifest), strict=False)
+    sit.set_latent_stats(torch.from_numpy(arrays["in.latents_scale"]), torch.from_numpy(arrays["in.latents_bias"]))
+    copies = []
+    for _ in range(2):
+        ema = SiT(**meta["config"]["sit"]).requires_grad_(False)
+        ema.load_state_dict(sit.state_dict())
+        copies.append(ema)
+    return sit, *copies
+
+
+def adamw(meta, parameters, key="learning_rate"):
+    hyper = meta["hyperparameters"]
+    return Optimizer(list(parameters), lr=hyper.get(key, hyper["learning_rate"]), betas=tuple(hyper["betas"]),
+                     eps=hyper["eps"], weight_decay=hyper["weight_decay"], max_grad_norm=hyper["max_grad_norm"],
+                     scale_loss=False)  # fmt: skip
+
+
+class GradientNorms:
+    """Records the norm of every gradient as the optimiser is about to clip."""
+
+    def __init__(self, optimizer):
+        self.optimizer, self.step_inside, self.norms = optimizer, optimizer.step, []
+        optimizer.step = self.step
+
+    def step(self):
+        pairs = zip(self.optimizer.names, self.optimizer.parameters, strict=True)
+        self.norms.append({name: p.grad.double().norm().item() for name, p in pairs if p.grad is not None})
+        return self.step_inside()
+
+
+def snapshot(state):
+    return {key: value.detach().clone() for key, value in state.items()}
+
+
+def check_logs(meta, step, logs, tolerances):
+    expected = meta["logs"][step]
+    assert expected.keys() == logs.keys()
+    for name, value in expected.items():
+        rel, absolute = tolerances(step, name)
+        assert abs(float(logs[name]) - value) <= rel * abs(value) + absolute, (step, name, float(logs[name]), value)
+
+
+def check_deltas(meta, arrays, net, before, after, *, rel, rate=None):
+    key_biases = set(meta["k_bias_keys"].get(net, ()))
+    for name, norm in meta["delta_l2"][net].items():
+        if name not in key_biases and after[name].is_floating_point():
+            moved = (after[name] - before[name]).double().norm().item()
+            assert abs(moved - norm) <= rel * norm + 1e-12, (net, name, moved, norm)
+    if rate is not None:
+        check_samples(
+            meta["delta_samples_layout"][net], arrays[f"delta_samples.{net}"], key_biases, before, after, rate
+        )
+
+
+def check_samples(layout, expected, key_biases, before, after, rate):
+    """90 % of the subsampled elements within 5 % of the learning rate."""
+    start, within = 0, []
+    for name, count in zip(layout["names"], layout["counts"], strict=True):
+        moved = subsample((after[name] - before[name]).numpy(), count)
+        if name not in key_biases:
+            within.extend(np.abs(moved - expected[start : start + count]) <= 0.05 * rate)
+        start += count
+    assert start == len(expected)
+    assert np.mean(within) >= 0.9
+
+
+@pytest.fixture(scope="module")
+def lpips_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("lpips") / "vgg16.pth"
+    torch.save(filled_vgg16(), path)
+    return path
+
+
+REPAE_LOG_TOLERANCES = {
+    "traj_repae_f8d4_lowlr": lambda step, name: [
+        (1e-4, 1e-6),
+        (2e-3 if "grad_norm" in name else 5e-4, 1e-5),
+        (1e-2 if "grad_norm" in name else 3e-3, 1e-4),
+    ][step],
+    "traj_repae_f8d4": lambda step, name: [(1e-4, 1e-6), (3e-3, 1e-4), (1e-2, 2e-3)][step],
+    "traj_repae_f16d32": lambda step, name: [(1e-4, 1e-6), (3e-3, 1e-4), (1e-2, 2e-3)][step],
+}
+
+
+@pytest.mark.parametrize("name", REPAE_LOG_TOLERANCES)
+def test_repae(name, lpips_file):
+    arrays, meta = load(name)
+    lowlr = name.endswith("lowlr")
+    config = VAELossConfig()
+    vae = build_vae(meta["config"]["vae"])
+    vae.load_state_dict(from_ldm(filled({k: v.shape for k, v in to_ldm(vae).items()}), vae.config))
+    discriminator = PatchDiscriminator()
+    discriminator.load_state_dict(filled({k: v.shape for k, v in discriminator.state_dict().items()}))
+    sit, ema, ema_fast = build_sit(arrays, meta, learn_pos_embed=True)
+    trainable = TrainableVAE(vae)
+    targets = [key for key in arrays if key.startswith("in.zs.")]
+    now = SimpleNamespace(step=0)
+    nets = SimpleNamespace(
+        sit=sit, sit_ddp=sit, ema=ema, vae=trainable, vae_ddp=trainable, discriminator=discriminator.train(),
+        discriminator_ddp=discriminator, vae_loss=VAELoss(config, load_lpips(lpips_file)),
+        discriminator_loss=DiscriminatorLoss(config), latent_shape=arrays["in.noises"].shape[2:],
+        encoders=[lambda images, key=key: torch.from_numpy(arrays[key][now.step]) for key in targets],
+    )  # fmt: skip
+    vae.train()
+    optimizers = SimpleNamespace(
+        opt=adamw(meta, sit.named_parameters()),
+        opt_vae=adamw(meta, ldm_parameters(vae), "vae_learning_rate"),
+        opt_disc=adamw(meta, discriminator.named_parameters(), "disc_learning_rate"),
+    )
+    norms = {net: GradientNorms(getattr(optimizers, key))
+             for net, key in (("sit", "opt"), ("vae", "opt_vae"), ("discriminator", "opt_disc"))}  # fmt: skip
+    states = {"sit": sit.state_dict, "ema": ema.state_dict, "ema_fast": ema_fast.state_dict,
+              "vae": lambda: to_ldm(vae), "discriminator": discriminator.state_dict}  # fmt: skip
+    before = {net: snapshot(state()) for net, state in states.items()}
+    noising = Noising(meta["config"]["path"], meta["config"]["weighting"])
+
+    for step in range(3):
+        now.step = step
+        images, labels = (torch.from_numpy(arrays[key][step]) for key in ("in.image_u8", "in.labels"))
+        logs = train_repae.train_step(
+            fake_run(arrays),
+            nets,
+            optimizers,
+            iter([(images, labels)]),
+            step,
+            micro_steps=1,
+            noising=noising,
+            proj_coeff=0.5,
+            vae_align_proj_coeff=1.5,
+            ema_decay=0.9999,
+        )
+        update_ema(ema_fast, sit, 0.5)
+        check_logs(meta, step, logs, REPAE_LOG_TOLERANCES[name])
+        for key, buffer in (("bn_mean", sit.bn.running_mean), ("bn_var", sit.bn.running_var)):
+            close(buffer, arrays[f"step{step}.{key}"], 2e-3 if lowlr else 2e-2, what=key)
+        for net, expected in meta["grad_l2_before_clip"][step].items():
+            key_biases = set(meta["k_bias_keys"].get(net, ()))
+            for parameter, norm in expected.items():
+                found = norms[net].norms[step][parameter]
+                assert parameter in key_biases or abs(found - norm) <= [1e-3, 1e-2, 5e-2][step] * norm, (
+                    step,
+                    parameter,
+                )
+
+    after = {net: snapshot(state()) for net, state in states.items()}
+    rel, hyper = 1e-2 if lowlr else 3e-2, meta["hyperparameters"]
+    check_deltas(meta, arrays, "sit", before["sit"], after["sit"], rel=rel, rate=hyper["learning_rate"])
+    check_deltas(meta, arrays, "vae", before["vae"], after["vae"], rel=rel,
+                 rate=hyper.get("vae_learning_rate", hyper["learning_rate"]))  # fmt: skip
+    check_deltas(meta, arrays, "discriminator", before["discriminator"], after["discriminator"], rel=rel)
+    check_deltas(meta, arrays, "ema_fast", before["ema_fast"], after["ema_fast"], rel=rel)
+    check_deltas(meta, arrays, "ema", before["ema"], after["ema"], rel=5e-2)
+    assert sit.bn.num_batches_tracked == arrays["final.sit.bn.num_batches_tracked"]
+    scale, bias = ema.latent_stats()
+    close(scale, arrays["extracted.latents_scale"], 1e-4)
+    close(bias, arrays["extracted.latents_bias"], 1e-4)
+
+
+@pytest.mark.parametrize("name", ["traj_ldm_a", "traj_ldm_b"])
+def test_ldm_only(name):
+    arrays, meta = load(name)
+    sit, ema, ema_fast = build_sit(arrays, meta, learn_pos_embed=False)
+    targets = [key for key in arrays if key.startswith("in.zs.")]
+    now = SimpleNamespace(step=0)
+    nets = SimpleNamespace(
+        sit=sit, sit_ddp=sit, ema=ema, latent_shape=arrays["in.noises"].shape[2:],
+        encoders=[lambda images, key=key: torch.from_numpy(arrays[key][now.step]) for key in targets],
+    )  # fmt: skip
+    optimizer = adamw(meta, sit.named_parameters())
+    norms = GradientNorms(optimizer)
+    states = {"sit": sit.state_dict, "ema": ema.state_dict, "ema_fast": ema_fast.state_dict}
+    before = {net: snapshot(state()) for net, state in states.items()}
+    noising = Noising(meta["config"]["path"], meta["config"]["weighting"])
+
+    for step in range(3):
+        now.step = step
+        mean_std, labels = (torch.from_numpy(arrays[key][step]) for key in ("in.moments", "in.labels"))
+        batch = iter([(mean_std, torch.zeros(len(labels), 3, 8, 8, dtype=torch.uint8), labels)])
+        logs = train_ldm_only.train_step(
+            fake_run(arrays),
+            nets,
+            optimizer,
+            batch,
+            step,
+            micro_steps=1,
+            noising=noising,
+            proj_coeff=0.5,
+            ema_decay=0.9999,
+        )
+        update_ema(ema_fast, sit, 0.5)
+        check_logs(meta, step, logs, lambda step, name: (1e-5, 1e-6))
+        key_biases = set(meta["k_bias_keys"]["sit"])
+        for parameter, norm in meta["grad_l2_before_clip"][step]["sit"].items():
+            found = norms.norms[step].get(parameter, 0.0)
+            assert parameter in key_biases or abs(found - norm) <= 1e-4 * norm, (step, parameter)
+
+    after = {net: snapshot(state()) for net, state in states.items()}
+    check_deltas(meta, arrays, "sit", before["sit"], after["sit"], rel=1e-4, rate=1e-4)
+    check_deltas(meta, arrays, "ema_fast", before["ema_fast"], after["ema_fast"], rel=1e-4)
+    assert torch.equal(after["sit"]["bn.running_var"], before["sit"]["bn.running_var"])
+    assert torch.equal(after["sit"]["pos_embed"], before["sit"]["pos_embed"])

@@ -1,0 +1,269 @@
+"""The training scripts as wholes, on one process: resumed runs, what a run writes, and what must not change it."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train_ldm_only
+import train_repae
+import train_vae
+from dataset.data import ImageData
+from tests.support import small
+from training.optimizer import Optimizer
+
+SCRIPTS = {"train_repae": train_repae, "train_ldm_only": train_ldm_only, "train_vae": train_vae}
+
+
+def train(script: str, place, output: Path, name: str, **options) -> None:
+    SCRIPTS[script].main(small.OPTIONS[script](place, output, name, **options))
+
+
+@pytest.fixture(scope="module")
+def whole(place, tmp_path_factory):
+    """`whole(script, **options)`: folder and name of a run of 4 steps that nothing interrupted; made once."""
+    output, made = tmp_path_factory.mktemp("whole"), set()
+
+    def run(script: str, **options) -> tuple[Path, str]:
+        name = "-".join([script, *(f"{key}-{value}" for key, value in options.items())])
+        if name not in made:
+            train(script, place, output, name, **options)
+            made.add(name)
+        return output, name
+
+    return run
+
+
+def assert_same(actual, expected, where: str = "checkpoint") -> None:
+    """Nested dicts, lists and tensors are equal bit for bit."""
+    assert type(actual) is type(expected), where
+    if isinstance(expected, dict):
+        assert list(actual) == list(expected), where
+        for key in expected:
+            assert_same(actual[key], expected[key], f"{where}: {key}")
+    elif isinstance(expected, list | tuple):
+        assert len(actual) == len(expected), where
+        for i, (one, other) in enumerate(zip(actual, expected, strict=True)):
+            assert_same(one, other, f"{where}: {i}")
+    elif isinstance(expected, torch.Tensor):
+        assert actual.dtype == expected.dtype and torch.equal(actual, expected), where
+    else:
+        assert actual == expected, where
+
+
+def assert_same_training(output: Path, name: str, reference: tuple[Path, str], step: int = 4) -> None:
+    """Every entry of the checkpoint but the arguments, and every row of the metrics."""
+    actual, expected = small.checkpoint(output, name, step), small.checkpoint(*reference, step)
+    assert actual.pop("args") and expected.pop("args")
+    assert_same(actual, expected)
+    assert small.metrics(output, name) == small.metrics(*reference)
+
+
+# Of train_repae with one micro-step: see the killed run below.
+@pytest.mark.parametrize(
+    ("script", "micro_steps"),
+    [("train_repae", 2), ("train_ldm_only", 1), ("train_ldm_only", 2), ("train_vae", 1), ("train_vae", 2)],
+)
+def test_resumed_equals_uninterrupted(script, micro_steps, whole, place, tmp_path):
+    """Over an epoch's end, with LeCam's running means and all moments; bit for bit."""
+    options = {"gradient_accumulation_steps": micro_steps}
+    reference = whole(script, **options)
+    train(script, place, tmp_path, "run", max_train_steps=2, **options)
+    half = small.checkpoint(tmp_path, "run", 2)
+    train(script, place, tmp_path, "run", resume="latest", **options)
+    assert_same_training(tmp_path, "run", reference)
+
+    end = small.checkpoint(tmp_path, "run", 4)
+    for key in end.keys() - {"args", "vae_config", "scalers", "param_names", "format"}:  # what learning must move
+        with pytest.raises(AssertionError):
+            assert_same(half[key], end[key])
+    if script == "train_vae":
+        for file in ("run.pt", "run-latents-stats.pt", "run-discriminator-ckpt.pt"):
+            state = torch.load(tmp_path / "run" / file)
+            assert_same(state, torch.load(reference[0] / reference[1] / file.replace("run", reference[1], 1)))
+
+
+def test_a_killed_run_goes_on(whole, place, tmp_path):
+    """Killed while it writes checkpoint 3 and a row of metrics: it goes on from checkpoint 2, and nothing is left."""
+    arguments = small.repae_options(place, tmp_path, "run", checkpointing_steps=1)
+    job = small.run_python("tests/support/workers/killed.py", "train_repae", *arguments)
+    assert job.returncode == -signal.SIGKILL, job.stderr
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert {path.name[:10] for path in checkpoints.iterdir()} == {"0000001.pt", "0000002.pt", "0000003.pt"}
+    assert not (checkpoints / "0000003.pt").exists()
+
+    train("train_repae", place, tmp_path, "run", checkpointing_steps=2, resume="latest")
+    assert_same_training(tmp_path, "run", whole("train_repae", gradient_accumulation_steps=1))
+    assert {path.name for path in checkpoints.iterdir()} == {"0000001.pt", "0000002.pt", "0000004.pt"}
+
+
+def test_resume_from_another_folder(whole, place, tmp_path):
+    """`--resume-step N --continue-train-exp-dir D`, the public way: D stays as it is, the new folder gets the rest."""
+    output, name = whole("train_ldm_only", gradient_accumulation_steps=1)
+    before = small.listing(output / name)
+    train("train_ldm_only", place, tmp_path, "new", resume_step=2, continue_train_exp_dir=output / name)
+    assert small.listing(output / name) == before
+    actual, expected = small.checkpoint(tmp_path, "new", 4), small.checkpoint(output, name, 4)
+    assert actual.pop("args") and expected.pop("args")
+    assert_same(actual, expected)
+    assert small.metrics(tmp_path, "new") == small.metrics(output, name)[2:]
+
+
+def test_resuming_by_another_path_is_not_overwriting(whole, place, tmp_path, monkeypatch):
+    """The run's own folder, named otherwise: `--overwrite` must not delete what is being resumed."""
+    output, name = whole("train_ldm_only", gradient_accumulation_steps=1)
+    shutil.copytree(output / name, tmp_path / name)
+    before = small.listing(tmp_path / name / "checkpoints")
+    monkeypatch.chdir(tmp_path)
+    train("train_ldm_only", place, Path(), name, resume_step=4, continue_train_exp_dir=tmp_path / name, overwrite=True)
+    assert small.listing(tmp_path / name / "checkpoints") == before
+
+
+def test_overwrite_replaces_the_run_and_nothing_else(whole, place, tmp_path):
+    output, name = whole("train_ldm_only", gradient_accumulation_steps=1)
+    shutil.copytree(output / name, tmp_path / "run")
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    train("train_ldm_only", place, tmp_path, "run", max_train_steps=2, overwrite=True)
+    run = tmp_path / "run"
+    assert {path.name for path in run.iterdir()} == {
+        "args.json",
+        "checkpoints",
+        "log.txt",
+        "metrics.jsonl",
+        "notes.txt",
+    }
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["0000002.pt"]
+    assert small.metrics(tmp_path, "run") == small.metrics(output, name)[:2]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_previews_do_not_touch_training(script, whole, place, tmp_path):
+    train(script, place, tmp_path, "run", num_preview=4, sampling_steps=2, gradient_accumulation_steps=1)
+    assert_same_training(tmp_path, "run", whole(script, gradient_accumulation_steps=1))
+    kinds = {"train_repae": ("samples", "reconstructions"), "train_ldm_only": ("samples",),
+             "train_vae": ("reconstructions",)}[script]  # fmt: skip
+    pictures = sorted((tmp_path / "run" / "samples").iterdir())
+    assert [path.name for path in pictures] == sorted(f"{step:07d}-{kind}.png" for step in (2, 4) for kind in kinds)
+    for path in pictures:  # one row of 8 cells, 4 of them filled
+        with Image.open(path) as image:
+            pixels = np.asarray(image)
+        assert pixels.shape == (small.RESOLUTION, 8 * small.RESOLUTION, 3)
+        assert pixels[:, : 4 * small.RESOLUTION].std() > 0 and not pixels[:, 4 * small.RESOLUTION :].any()
+
+
+def test_half_precision(place, tmp_path, whole):
+    """bf16 changes the numbers a little; fp16 without CUDA says so and changes nothing."""
+    for script in SCRIPTS:
+        train(script, place, tmp_path, script, mixed_precision="bf16", max_train_steps=2)
+        exact = small.metrics(*whole(script, gradient_accumulation_steps=1))
+        for row, other in zip(small.metrics(tmp_path, script), exact[:2], strict=True):
+            loss = "vae_loss" if script == "train_vae" else "sit_loss"
+            assert row[loss] != other[loss] and row[loss] == pytest.approx(other[loss], rel=0.05)
+    train("train_ldm_only", place, tmp_path, "fp16", mixed_precision="fp16")
+    assert_same_training(tmp_path, "fp16", whole("train_ldm_only", gradient_accumulation_steps=1))
+    assert (tmp_path / "fp16" / "log.txt").read_text().count("fp16 needs CUDA") == 1
+
+
+def test_plain_sit_reads_no_image_and_loads_no_encoder(place, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("not needed without alignment")
+
+    monkeypatch.setattr(ImageData, "__getitems__", refuse)
+    monkeypatch.setattr("models.encoders.load_encoder", refuse)
+    train("train_ldm_only", place, tmp_path, "run", enc_type="None", proj_coeff=0, max_train_steps=2)
+    rows = small.metrics(tmp_path, "run")
+    assert all(row["sit_loss"] == row["denoising_loss"] and row["proj_loss"] == 0 for row in rows)
+    assert not [key for key in small.checkpoint(tmp_path, "run", 2)["model"] if key.startswith("projectors")]
+
+
+def test_a_row_averages_the_steps_since_the_last(whole, place, tmp_path):
+    train("train_ldm_only", place, tmp_path, "run", log_steps=3, checkpointing_steps=4)
+    each = small.metrics(*whole("train_ldm_only", gradient_accumulation_steps=1))
+    rows = small.metrics(tmp_path, "run")
+    assert [row["step"] for row in rows] == [3, 4]
+    assert list(each[0]) == ["step", "sit_loss", "denoising_loss", "proj_loss", "grad_norm_sit"]
+    for name in each[0].keys() - {"step"}:
+        assert rows[0][name] == pytest.approx(np.mean([row[name] for row in each[:3]]), rel=1e-6)
+        assert rows[1][name] == each[3][name]
+
+
+def test_a_row_ends_with_a_checkpoint_too(whole, place, tmp_path):
+    """So a resumed run, which starts at a checkpoint, writes the rows of an uninterrupted one."""
+    train("train_ldm_only", place, tmp_path, "run", log_steps=3, checkpointing_steps=2)
+    each = small.metrics(*whole("train_ldm_only", gradient_accumulation_steps=1))
+    rows = small.metrics(tmp_path, "run")
+    assert [row["step"] for row in rows] == [2, 3, 4]
+    for name in each[0].keys() - {"step"}:
+        assert rows[0][name] == pytest.approx(np.mean([row[name] for row in each[:2]]), rel=1e-6)
+        assert rows[1][name] == each[2][name] and rows[2][name] == each[3][name]
+
+
+def test_epochs_end_a_run_too(place, tmp_path):
+    train("train_ldm_only", place, tmp_path, "run", epochs=1, enc_type="None", proj_coeff=0)
+    assert [row["step"] for row in small.metrics(tmp_path, "run")] == [1, 2]  # 20 images make 2 batches of 8
+
+
+def test_each_network_has_its_own_optimiser_settings(place, tmp_path):
+    settings = dict(adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-7, adam_weight_decay=0.01)
+    rates = dict(learning_rate=2e-4, vae_learning_rate=3e-5, disc_learning_rate=4e-6)
+    train("train_repae", place, tmp_path, "run", max_train_steps=1, **settings, **rates)
+    saved = small.checkpoint(tmp_path, "run", 1)
+    for key, rate in zip(("opt", "opt_vae", "opt_disc"), rates.values(), strict=True):
+        group = saved[key]["param_groups"][0]
+        assert (group["lr"], tuple(group["betas"]), group["eps"], group["weight_decay"]) == (
+            rate, (0.8, 0.95), 1e-7, 0.01
+        )  # fmt: skip
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["vae_learning_rate"] == 3e-5
+
+
+def test_the_normaliser_starts_from_stored_or_measured_statistics(place, tmp_path):
+    """bn follows the batches with --bn-momentum; at 0 it keeps what it started from."""
+    stored = torch.load(place.vae.with_name("vae-latents-stats.pt"))
+    train("train_repae", place, tmp_path, "stored", max_train_steps=1, bn_momentum=0)
+    model = small.checkpoint(tmp_path, "stored", 1)["model"]
+    assert torch.equal(model["bn.running_mean"], stored["latents_bias"].flatten())
+    torch.testing.assert_close(model["bn.running_var"].rsqrt(), stored["latents_scale"].flatten())
+    assert not (tmp_path / "stored" / "latents-stats.pt").exists()
+
+    bare = tmp_path / "bare.pt"
+    shutil.copy(place.vae, bare)
+    train("train_repae", place, tmp_path, "measured", max_train_steps=1, bn_momentum=0, vae_ckpt=bare)
+    measured = torch.load(tmp_path / "measured" / "latents-stats.pt")
+    assert measured["latents_scale"].shape == measured["latents_bias"].shape == (1, 4, 1, 1)
+    model = small.checkpoint(tmp_path, "measured", 1)["model"]
+    assert torch.equal(model["bn.running_mean"], measured["latents_bias"].flatten())
+    assert not torch.allclose(measured["latents_bias"], stored["latents_bias"])
+
+
+def test_without_stop_grad_the_diffusion_loss_reaches_the_vae(whole, place, tmp_path):
+    """The paper's negative control: one term more in the VAE's loss, and nothing else in the first step."""
+    train("train_repae", place, tmp_path, "run", max_train_steps=1, stop_grad=False)
+    (row,) = small.metrics(tmp_path, "run")
+    stopped = small.metrics(*whole("train_repae", gradient_accumulation_steps=1))[0]
+    assert {name for name in row if row[name] != stopped[name]} == {"vae_loss", "grad_norm_vae"}
+    # A fresh SiT says 0 everywhere, so that the term is |noise - x_0|^2: 1 from the noise, and the latents' variance.
+    assert row["vae_loss"] - stopped["vae_loss"] > 0.9
+
+
+def test_clipping_and_the_norm_that_is_reported():
+    parameter = torch.nn.Parameter(torch.zeros(4))
+    optimizer = Optimizer([("p", parameter)], lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
+                          max_grad_norm=1.0, scale_loss=False)  # fmt: skip
+    optimizer.backward((torch.tensor([3.0, 0.0, 4.0, 0.0]) * parameter).sum())
+    assert optimizer.step() == 5 and parameter.grad is None
+    moment = optimizer.state_dict()["state"][0]["exp_avg"]  # a tenth of the clipped gradient
+    torch.testing.assert_close(moment, torch.tensor([0.06, 0.0, 0.08, 0.0]))
+
+
+@pytest.mark.slow
+def test_compiled_on_cpu(whole, place, tmp_path):
+    train("train_ldm_only", place, tmp_path, "run", compile=True)
+    reference = whole("train_ldm_only", gradient_accumulation_steps=1)
+    assert list(small.checkpoint(tmp_path, "run", 4)["model"]) == list(small.checkpoint(*reference, 4)["model"])
+    for row, expected in zip(small.metrics(tmp_path, "run"), small.metrics(*reference), strict=True):
+        assert row == pytest.approx(expected, rel=1e-3)

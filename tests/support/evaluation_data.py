@@ -1,0 +1,89 @@
+"""Files that the tests of evaluation share: seeded Inception weights, sets of images, a small encoder."""
+
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from evaluation.inception import Inception
+from tests.support.golden_data import GOLDEN
+
+SEED = json.loads((GOLDEN / "evaluation/expected.json").read_text())["seed"]
+
+
+def inception_file(folder: Path) -> Path:
+    """Weights by the rule of tests/golden/evaluation/README.md, in torch-fidelity's form."""
+    with torch.device("meta"):
+        shapes = {key: tensor.shape for key, tensor in Inception().state_dict().items()}
+    state = {key: _weight(key, tuple(shape)) for key, shape in shapes.items() if not key.endswith("tracked")}
+    torch.save(state, folder / "inception.pth")
+    return folder / "inception.pth"
+
+
+def _weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    random = np.random.RandomState(zlib.crc32(f"{SEED}:{name}".encode()))
+    if name.endswith("conv.weight"):
+        value = random.standard_normal(shape) * np.sqrt(2 / np.prod(shape[1:]))
+    elif name.endswith("bn.weight"):
+        value = np.ones(shape)
+    elif name.endswith("bn.running_var"):
+        value = random.random_sample(shape) + 0.5
+    else:
+        scale = {"fc.weight": 0.02, "fc.bias": 1.0}.get(name, 0.1)  # else the norms' biases and running means
+        value = scale * random.standard_normal(shape)
+    return torch.from_numpy(value.astype(np.float32))
+
+
+def random_images(count: int, side: int, seed: int) -> np.ndarray:
+    """uint8 (count, side, side, 3): smooth colours with noise, so that sets of other seeds differ."""
+    random = np.random.default_rng(seed)
+    colours = random.integers(40, 200, (count, 1, 1, 3)) + np.linspace(-30, 30, side)[:, None, None] * random.random()
+    return (colours + random.normal(0, 10, (count, side, side, 3))).clip(0, 255).astype(np.uint8)
+
+
+def as_images(array: np.ndarray) -> torch.Tensor:
+    """uint8 (N, H, W, 3) -> (N, 3, H, W)."""
+    return torch.from_numpy(array).permute(0, 3, 1, 2)
+
+
+def samples_file(path: Path, count: int, side: int, seed: int) -> Path:
+    np.savez(path, arr_0=random_images(count, side, seed))
+    return path
+
+
+def encoder_folder(folder: Path, side: int = 16, seed: int = 0) -> str:
+    """A small timm ViT in timm's folder format; returns its name for --features."""
+    folder.mkdir()
+    arguments = {"img_size": side, "patch_size": 4, "embed_dim": 12, "depth": 1, "num_heads": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = timm.create_model("vit_tiny_patch16_224", num_classes=0, **arguments)
+    save_file(network.state_dict(), folder / "model.safetensors")
+    config = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "input_size": [3, side, side]}
+    config = {"architecture": "vit_tiny_patch16_224", "num_classes": 0, "pretrained_cfg": config}
+    (folder / "config.json").write_text(json.dumps(config | {"model_args": arguments}))
+    return f"timm:local-dir:{folder}"
+
+
+class TinyInception(nn.Module):
+    """Stands in for Inception: a random linear map, so that metrics can be checked on a few hundred images."""
+
+    label, dim, spatial_dim = "inception", 6, 5
+
+    def __init__(self, seed: int = 0):
+        super().__init__()
+        self.maps = torch.randn(3 * 8 * 8, 11, generator=torch.Generator().manual_seed(seed)) / 2000
+        self.batches = []
+
+    def forward(self, images):
+        self.batches.append(len(images))
+        both = images.float().flatten(1) @ self.maps
+        return both[:, :6], both[:, 6:]
+
+    def probabilities(self, pool):
+        return pool.softmax(1)

@@ -1,0 +1,55 @@
+"""Access to the golden fixtures: numbers of the public implementation (see tests/golden/README.md)."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tests.golden.fill import fill as fill_array
+from tests.golden.fill import subsample
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def load(name: str) -> tuple[dict[str, np.ndarray], dict]:
+    """Arrays and description of one fixture; `name` may carry a folder ("evaluation/metrics")."""
+    meta = GOLDEN / f"{name}.json"
+    with np.load(GOLDEN / f"{name}.npz") as arrays:
+        return dict(arrays), json.loads(meta.read_text()) if meta.exists() else {}
+
+
+def fill(key: str, shape) -> torch.Tensor:
+    """The deterministic weight of a public state-dict key."""
+    return torch.from_numpy(fill_array(key, shape))
+
+
+def filled(manifest: dict[str, list[int]]) -> dict[str, torch.Tensor]:
+    """A whole state dict of filled weights, without SiT's fixed `pos_embed`."""
+    return {key: fill(key, shape) for key, shape in manifest.items() if key != "pos_embed"}
+
+
+def close(actual, expected, rel: float, abs: float = 0.0, what: str = "") -> None:
+    """Assert |actual - expected| <= rel * max|expected| + abs; of a stored subsample, at the same elements."""
+    actual = actual.detach().cpu().numpy() if isinstance(actual, torch.Tensor) else np.asarray(actual)
+    expected = np.asarray(expected)
+    if actual.shape != expected.shape:
+        assert expected.ndim == 1 and actual.size >= expected.size, f"{what}: {actual.shape} against {expected.shape}"
+        actual = subsample(actual, expected.size)
+    difference = np.max(np.abs(actual.astype(np.float64) - expected.astype(np.float64)), initial=0.0)
+    scale = np.max(np.abs(expected.astype(np.float64)), initial=0.0)
+    assert difference <= rel * scale + abs, (
+        f"{what}: off by {difference:.3g}, scale {scale:.3g}, allowed {rel} relative"
+    )
+
+
+VGG16_LAYERS = {0: (64, 3), 2: (64, 64), 5: (128, 64), 7: (128, 128), 10: (256, 128), 12: (256, 256),
+                14: (256, 256), 17: (512, 256), 19: (512, 512), 21: (512, 512), 24: (512, 512), 26: (512, 512),
+                28: (512, 512)}  # fmt: skip
+
+
+def filled_vgg16() -> dict[str, torch.Tensor]:
+    """The convolutions of torchvision's vgg16 with filled weights, under torchvision's names."""
+    shapes = {f"features.{i}.weight": (*channels, 3, 3) for i, channels in VGG16_LAYERS.items()}
+    shapes |= {f"features.{i}.bias": channels[:1] for i, channels in VGG16_LAYERS.items()}
+    return filled(shapes)

@@ -1,0 +1,158 @@
+"""Makers of small things: a data folder, a VAE, an encoder, a loss configuration, and the flags that go with them.
+
+Everything is as small as the networks allow: 24 x 24 pixels are the least that the discriminator takes.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import timm
+import torch
+import yaml
+from timm.models import save_for_hf
+
+from loss.config import VAELossConfig
+from models.discriminator import PatchDiscriminator
+from models.vae import build_vae
+from models.vae_files import save_vae_files
+
+ROOT = Path(__file__).parents[2]
+RESOLUTION, COUNT, CLASSES = 24, 20, 4
+
+
+def write_data(folder: Path, *, count: int = COUNT, resolution: int = RESOLUTION, classes: int = CLASSES) -> Path:
+    """A data folder of noise whose mean grows with the class."""
+    folder.mkdir(parents=True)
+    labels = np.arange(count) * classes // count
+    noise = np.random.default_rng(0).integers(0, 128, (count, 3, resolution, resolution), np.uint8)
+    np.save(folder / "images.npy", noise + (32 * labels[:, None, None, None]).astype(np.uint8))
+    np.save(folder / "labels.npy", labels)
+    (folder / "dataset.json").write_text(json.dumps({"count": count, "resolution": resolution, "sources": []}))
+    return folder
+
+
+def write_vae(folder: Path, name: str = "vae", arch: str = "f4d4-tiny") -> Path:
+    """The files of a VAE with fresh weights, made-up latent statistics, and a discriminator; returns `<name>.pt`."""
+    torch.manual_seed(0)
+    vae, discriminator = build_vae(arch), PatchDiscriminator()
+    channels = torch.arange(vae.config.latent_channels) / 10
+    save_vae_files(folder, name, vae, 1 + channels, channels - 0.2, discriminator.state_dict())
+    return folder / name / f"{name}.pt"
+
+
+def write_encoder(folder: Path) -> str:
+    """A timm ViT with fresh weights as a folder; returns its `--enc-type`. Its tokens are 6 x 6, those of SiT 3 x 3."""
+    torch.manual_seed(0)
+    size, half = RESOLUTION, (0.5, 0.5, 0.5)
+    shape = dict(img_size=size, patch_size=4, embed_dim=32, depth=1, num_heads=2, num_classes=0)
+    network = timm.create_model("vit_tiny_patch16_224", **shape)
+    data_config = {"input_size": (3, size, size), "mean": half, "std": half, "interpolation": "bicubic"}
+    save_for_hf(network, folder, data_config=data_config, model_args=shape, safe_serialization=True)
+    return f"timm:local-dir:{folder}"
+
+
+def write_loss_config(path: Path, **values: float) -> Path:
+    """The default loss without LPIPS, and with LeCam, whose running means are state that a resumed run needs."""
+    values = {"perceptual_weight": 0, "lecam_regularization_weight": 0.1, **values}
+    assert values.keys() <= VAELossConfig.__dataclass_fields__.keys()
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def write_place(folder: Path) -> SimpleNamespace:
+    """All inputs of the training scripts below one folder; cached latents are added by `tests/conftest.py`."""
+    return SimpleNamespace(
+        folder=folder,
+        data=write_data(folder / "data"),
+        vae=write_vae(folder),
+        discriminator=folder / "vae" / "vae-discriminator-ckpt.pt",
+        encoder=write_encoder(folder / "encoder"),
+        loss=write_loss_config(folder / "loss.yaml"),
+        latents="latents",
+    )
+
+
+def argv(**options) -> list[str]:
+    """Options as a command line: True is `--x`, False is `--no-x`, None leaves the flag out."""
+    flags = {key: f"--{key.replace('_', '-')}" for key in options}
+    switches = {True: lambda flag: [flag], False: lambda flag: [f"--no-{flag[2:]}"], None: lambda flag: []}
+    words = [
+        switches[value](flags[key]) if value is None or isinstance(value, bool) else [flags[key], str(value)]
+        for key, value in options.items()
+    ]
+    return [word for part in words for word in part]
+
+
+def training(place: SimpleNamespace, **options) -> dict:
+    return dict(
+        data_dir=place.data, resolution=RESOLUTION, num_workers=0, batch_size=8, mixed_precision="no",
+        report_to="none", log_steps=1, num_preview=0, max_train_steps=4, checkpointing_steps=2, **options,
+    )  # fmt: skip
+
+
+SIT = dict(model="SiT-T/2", encoder_depth=2)
+
+
+def repae_options(place: SimpleNamespace, output: Path, name: str, **options) -> list[str]:
+    """The command line of a small run of train_repae.py; options replace the usual ones."""
+    usual = training(place, num_classes=CLASSES, vae="f4d4-tiny", vae_ckpt=place.vae, enc_type=place.encoder,
+                     disc_pretrained_ckpt=place.discriminator, loss_cfg_path=place.loss, **SIT)  # fmt: skip
+    return argv(**usual | dict(output_dir=output, exp_name=name) | options)
+
+
+def ldm_options(place: SimpleNamespace, output: Path, name: str, **options) -> list[str]:
+    """The command line of a small run of train_ldm_only.py."""
+    usual = training(place, num_classes=CLASSES, vae="f4d4-tiny", vae_ckpt=place.vae, enc_type=place.encoder,
+                     vae_latents_name=place.latents, **SIT)  # fmt: skip
+    return argv(**usual | dict(output_dir=output, exp_name=name) | options)
+
+
+def vae_options(place: SimpleNamespace, output: Path, name: str, **options) -> list[str]:
+    """The command line of a small run of train_vae.py."""
+    usual = training(place, vae="f4d4-tiny", loss_cfg_path=place.loss)
+    return argv(**usual | dict(output_dir=output, exp_name=name) | options)
+
+
+def cache_options(place: SimpleNamespace, name: str, **options) -> list[str]:
+    """The command line of cache_latents.py, which writes into the data folder."""
+    usual = dict(vae_arch="f4d4-tiny", vae_ckpt_path=place.vae, vae_latents_name=name, data_dir=place.data,
+                 output_dir=place.data, pproc_batch_size=8, num_workers=0)  # fmt: skip
+    return argv(**usual | options)
+
+
+OPTIONS = {"train_repae": repae_options, "train_ldm_only": ldm_options, "train_vae": vae_options}
+
+
+def listing(*folders: Path) -> dict[str, tuple]:
+    """Every file and folder below, with what would show that it was touched."""
+    found = {}
+    for path in [path for folder in folders for path in (folder, *folder.rglob("*"))]:
+        status = path.stat()
+        found[str(path)] = (status.st_size, status.st_mtime_ns, status.st_ino)
+    return found
+
+
+def checkpoint(output: Path, name: str, step: int) -> dict:
+    path = output / name / "checkpoints" / f"{step:07d}.pt"
+    return torch.load(path, weights_only=True)
+
+
+def metrics(output: Path, name: str) -> list[dict]:
+    """The rows of metrics.jsonl without the speed, which no two runs share."""
+    rows = [json.loads(line) for line in (output / name / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "images_per_second"} for row in rows]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | more
+
+
+def run_python(*words, **options) -> subprocess.CompletedProcess:
+    """`python ...` from the repository's root, on one thread; its output is text."""
+    return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=environment(), capture_output=True,
+                          text=True, timeout=240, **options)  # fmt: skip
