@@ -118,9 +118,14 @@ def evaluate_samples(args: argparse.Namespace, device: torch.device) -> None:
     if rank() == 0:
         output = Path(args.output or beside(args.samples, f"vs-{Path(args.reference).stem}-{network.label}"))
         about_run = {
-            "samples": args.samples, "count": found.count, "size": list(size), "reference": args.reference,
-            "reference_count": reference.count, "features": network.label, "batch_size": args.batch_size,
-        }  # fmt: skip
+            "samples": args.samples,
+            "count": found.count,
+            "size": list(size),
+            "reference": args.reference,
+            "reference_count": reference.count,
+            "features": network.label,
+            "batch_size": args.batch_size,
+        }
         report({args.samples: results}, about_run, output, start)
 
 
@@ -170,14 +175,19 @@ def evaluate_reconstruction(args: argparse.Namespace, device: torch.device) -> N
     results = {}
     for name, vae in vaes.items():
         with about("--vae-ckpt"):
-            results[name] = measure_reconstruction(vae, source, device, batch_size=args.batch_size, network=network,
-                                                   originals=originals, lpips=lpips)  # fmt: skip
+            results[name] = measure_reconstruction(
+                vae, source, device, batch_size=args.batch_size, network=network, originals=originals, lpips=lpips
+            )
     if rank() == 0:
         output = Path(args.output or beside(args.vae_ckpt[-1], "reconstruction"))
         about_run = {
-            "vae_ckpt": args.vae_ckpt, "data_dir": args.data_dir, "count": len(source), "size": list(source.size),
-            "features": args.features, "batch_size": args.batch_size,
-        }  # fmt: skip
+            "vae_ckpt": args.vae_ckpt,
+            "data_dir": args.data_dir,
+            "count": len(source),
+            "size": list(source.size),
+            "features": args.features,
+            "batch_size": args.batch_size,
+        }
         report(results, about_run, output, start)
         if args.num_picture:
             shown = Subset(source, spread(len(source), args.num_picture))

@@ -47,8 +47,20 @@ from utils.rng import sample_labels
 
 # Options that the images do not depend on: an interrupted job may be taken up with others. (--train-steps and --tf32
 # count through what they come to.)
-FREE = ("exp_path", "train_steps", "sample_dir", "overwrite", "save_png", "grid", "trajectory", "evaluate", "features",
-        "inception_weights", "enc_ckpt", "tf32")  # fmt: skip
+FREE = (
+    "exp_path",
+    "train_steps",
+    "sample_dir",
+    "overwrite",
+    "save_png",
+    "grid",
+    "trajectory",
+    "evaluate",
+    "features",
+    "inception_weights",
+    "enc_ckpt",
+    "tf32",
+)
 TRAJECTORIES = 8  # samples that --trajectory shows
 
 
@@ -65,8 +77,12 @@ def main(argv: list[str] | None = None) -> None:
         check_flags(args)
         model = load_trained(args.exp_path, args.train_steps, args.vae_ckpt, ema=args.ema)
         config, labels = sampler_config(args, model), label_scheme(args, model.sit.num_classes)
-        store = SampleStore(Path(args.sample_dir) / f"{output_name(args, model)}.npz", count=args.num_fid_samples,
-                            resolution=model.resolution, batch_size=args.pproc_batch_size)  # fmt: skip
+        store = SampleStore(
+            Path(args.sample_dir) / f"{output_name(args, model)}.npz",
+            count=args.num_fid_samples,
+            resolution=model.resolution,
+            batch_size=args.pproc_batch_size,
+        )
         if processes.is_main_process:
             job, output = describe_job(args, model, processes.device), output_options(args, store)
             store.check(job, **output)
@@ -94,8 +110,16 @@ def main(argv: list[str] | None = None) -> None:
     processes.end_training()
 
 
-def draw_missing(args, store: SampleStore, model: SimpleNamespace, config: SamplerConfig, labels: "LabelScheme",
-                 evaluator: Evaluator | None, missing: list[int], processes) -> dict[str, float]:  # fmt: skip
+def draw_missing(
+    args,
+    store: SampleStore,
+    model: SimpleNamespace,
+    config: SamplerConfig,
+    labels: "LabelScheme",
+    evaluator: Evaluator | None,
+    missing: list[int],
+    processes,
+) -> dict[str, float]:
     """This process's share of the batches, drawn or, if `--save-png` or `--evaluate` want them, read back.
 
     Returns:
@@ -115,9 +139,10 @@ def draw_missing(args, store: SampleStore, model: SimpleNamespace, config: Sampl
         store.write(batch, images)
         hand_on(args, store, evaluator, images, store.indices(batch))
     return {
-        "drawn": sum(len(store.indices(batch)) for batch in missing), "seconds": time.perf_counter() - start,
+        "drawn": sum(len(store.indices(batch)) for batch in missing),
+        "seconds": time.perf_counter() - start,
         "images_per_second": world * drawn / sampling if drawn else 0.0,
-    }  # fmt: skip
+    }
 
 
 # What is asked for
@@ -137,8 +162,9 @@ def precision_name(args) -> str:
 def check_flags(args) -> None:
     """Refuse what cannot be meant, before anything is read."""
     if args.guidance_low >= args.guidance_high:
-        raise InputError(f"--guidance-low: {args.guidance_low} was given; less than --guidance-high "
-                         f"({args.guidance_high}) is needed")  # fmt: skip
+        raise InputError(
+            f"--guidance-low: {args.guidance_low} was given; less than --guidance-high ({args.guidance_high}) is needed"
+        )
     if args.mode == "sde" and args.heun:
         raise InputError("--heun goes with --mode ode, not with --mode sde")
     if args.mode == "sde" and args.num_steps < 2:
@@ -149,8 +175,11 @@ def check_flags(args) -> None:
     if args.label_file and args.label_sampling == "equal":
         raise InputError("--label-sampling equal does not go with --label-file, which names the label of each sample")
     if args.evaluate is None:
-        for flag, given in (("--features", args.features != "inception"), ("--enc-ckpt", args.enc_ckpt),
-                            ("--inception-weights", args.inception_weights)):  # fmt: skip
+        for flag, given in (
+            ("--features", args.features != "inception"),
+            ("--enc-ckpt", args.enc_ckpt),
+            ("--inception-weights", args.inception_weights),
+        ):
             if given:
                 raise InputError(f"{flag} goes with --evaluate REFERENCE, which was not given")
     elif args.num_fid_samples <= NEIGHBOUR:
@@ -162,13 +191,22 @@ def check_flags(args) -> None:
 
 def sampler_config(args, model: SimpleNamespace) -> SamplerConfig:
     if args.cfg_scale > 1 and model.sit.null_label is None:
-        raise InputError(f"--cfg-scale: {args.cfg_scale} was given; 1 is needed by this model, which was trained "
-                         "without label dropping (--cfg-prob 0) and has no null label")  # fmt: skip
+        raise InputError(
+            f"--cfg-scale: {args.cfg_scale} was given; 1 is needed by this model, which was trained "
+            "without label dropping (--cfg-prob 0) and has no null label"
+        )
     path_type = model.args.get("path_type", args.path_type)
     if args.mode == "sde" and path_type != args.path_type:  # along the ODE the velocity alone counts
         raise InputError(f"--path-type: {args.path_type} was given; this model was trained with {path_type}")
-    return SamplerConfig(args.mode, args.heun, args.num_steps, path_type, args.cfg_scale,
-                         (args.guidance_low, args.guidance_high), precision_name(args))  # fmt: skip
+    return SamplerConfig(
+        args.mode,
+        args.heun,
+        args.num_steps,
+        path_type,
+        args.cfg_scale,
+        (args.guidance_low, args.guidance_high),
+        precision_name(args),
+    )
 
 
 @dataclass(frozen=True)
@@ -205,8 +243,10 @@ def label_scheme(args, num_classes: int) -> LabelScheme:
     if args.label_file is not None:
         name, flag, classes = "file", "--label-file", read_labels(args.label_file, args.num_fid_samples)
     if name == "equal" and args.num_fid_samples % len(classes):
-        raise InputError(f"--label-sampling equal: {args.num_fid_samples} samples (--num-fid-samples) do not divide by "
-                         f"{len(classes)} classes; --classes names fewer")  # fmt: skip
+        raise InputError(
+            f"--label-sampling equal: {args.num_fid_samples} samples (--num-fid-samples) do not divide by "
+            f"{len(classes)} classes; --classes names fewer"
+        )
     if classes.max() >= num_classes:
         raise InputError(f"{flag}: class {classes.max()} was asked for; this model has classes 0..{num_classes - 1}")
     return LabelScheme(name, classes, args.global_seed)
@@ -223,8 +263,10 @@ def read_labels(path: str, count: int) -> np.ndarray:
         raise InputError(f"--label-file: {path} cannot be read as labels ({error})") from None
     whole = labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer)
     if not whole or len(labels) < count or labels.astype(np.int64).min() < 0:
-        raise InputError(f"--label-file: {path} holds {labels.dtype} of shape {labels.shape}; at least {count} (the "
-                         "--num-fid-samples) whole numbers >= 0 are needed")  # fmt: skip
+        raise InputError(
+            f"--label-file: {path} holds {labels.dtype} of shape {labels.shape}; at least {count} (the "
+            "--num-fid-samples) whole numbers >= 0 are needed"
+        )
     return labels.astype(np.int64)
 
 
@@ -240,8 +282,13 @@ def output_name(args, model: SimpleNamespace) -> str:
     parts = [f"{model.name}_{model.step:07d}_cfg{args.cfg_scale}-{args.guidance_low}-{args.guidance_high}"]
     if args.mode != default("mode") or args.heun:
         parts.append("heun" if args.heun else args.mode)
-    for option, form in (("num_steps", "steps{}"), ("global_seed", "seed{}"), ("num_fid_samples", "n{}"),
-                         ("label_sampling", "{}"), ("num_classes", "classes{}")):  # fmt: skip
+    for option, form in (
+        ("num_steps", "steps{}"),
+        ("global_seed", "seed{}"),
+        ("num_fid_samples", "n{}"),
+        ("label_sampling", "{}"),
+        ("num_classes", "classes{}"),
+    ):
         if getattr(args, option) != default(option):
             parts.append(form.format(getattr(args, option)))
     if precision_name(args) != "tf32":
@@ -271,10 +318,14 @@ def describe_job(args, model: SimpleNamespace, device: torch.device) -> dict:
     statistics = b"".join(values.numpy().tobytes() for values in model.latent_stats)
     checksums["latent_statistics"] = hashlib.sha256(statistics).hexdigest()
     job = {
-        "run": model.name, "step": model.step, "options": options, "sha256": checksums, "device": device.type,
+        "run": model.name,
+        "step": model.step,
+        "options": options,
+        "sha256": checksums,
+        "device": device.type,
         "tf32": torch.backends.cuda.matmul.allow_tf32,
         "versions": {"torch": torch.__version__} | {name: version(name) for name in ("numpy", "diffusers", "timm")},
-    }  # fmt: skip
+    }
     return json.loads(json.dumps(job))
 
 
@@ -282,15 +333,20 @@ def run_record(args, model: SimpleNamespace, config: SamplerConfig, labels: Labe
     """What the record says beyond the job's description."""
     device = processes.device
     return {
-        "checkpoint": str(model.checkpoint), "vae": str(model.vae_path or "in the checkpoint"), "options": vars(args),
-        "sampler": asdict(config), "nfe": config.nfe(), "labels": labels.name,
-        "resolution": model.resolution, "processes": processes.num_processes,
+        "checkpoint": str(model.checkpoint),
+        "vae": str(model.vae_path or "in the checkpoint"),
+        "options": vars(args),
+        "sampler": asdict(config),
+        "nfe": config.nfe(),
+        "labels": labels.name,
+        "resolution": model.resolution,
+        "processes": processes.num_processes,
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
         "versions": {"python": platform.python_version(), "torch": torch.__version__}
         | {name: version(name) for name in ("numpy", "diffusers", "timm", "accelerate")},
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }  # fmt: skip
+    }
 
 
 def png_folder(store: SampleStore) -> Path:
@@ -348,8 +404,15 @@ def move_to(model: SimpleNamespace, device: torch.device, *, compile: bool) -> N
 def sample_batch(model: SimpleNamespace, config: SamplerConfig, labels: LabelScheme, indices: range) -> np.ndarray:
     """Images uint8 (B, H, W, 3) of these sample numbers."""
     try:
-        images = draw_images(model.sit, model.vae, model.latent_stats, indices,
-                             labels(indices).to(model.sit.pos_embed.device), labels.seed, config)  # fmt: skip
+        images = draw_images(
+            model.sit,
+            model.vae,
+            model.latent_stats,
+            indices,
+            labels(indices).to(model.sit.pos_embed.device),
+            labels.seed,
+            config,
+        )
     except FloatingPointError:
         reason = "they left fp16's range: --precision bf16" if config.precision == "fp16" else "look at its training"
         raise InputError(f"--exp-path: {model.checkpoint} gives samples that are not finite ({reason})") from None
@@ -369,8 +432,9 @@ def hand_on(args, store: SampleStore, evaluator: Evaluator | None, images: np.nd
         evaluator.add(torch.from_numpy(images).permute(0, 3, 1, 2), torch.tensor(indices))
 
 
-def finish(args, store: SampleStore, model: SimpleNamespace, config: SamplerConfig, labels: LabelScheme,
-           record: dict) -> None:  # fmt: skip
+def finish(
+    args, store: SampleStore, model: SimpleNamespace, config: SamplerConfig, labels: LabelScheme, record: dict
+) -> None:
     """The contact sheet, the record of how the samples came about, and last the `.npz`: with it the job is done."""
     target = store.target
     target.unlink(missing_ok=True)  # an old result must not lie beside the new record; the samples are safe
@@ -379,9 +443,16 @@ def finish(args, store: SampleStore, model: SimpleNamespace, config: SamplerConf
     save_png(image_grid(shown, min(columns, store.count)), target.with_suffix(".png"))
     if args.trajectory:
         indices = store.padded_indices(0)
-        frames = trajectory(model.sit, model.vae, model.latent_stats, indices,
-                            labels(indices).to(model.sit.pos_embed.device), labels.seed, config,
-                            shown=min(TRAJECTORIES, store.count))  # fmt: skip
+        frames = trajectory(
+            model.sit,
+            model.vae,
+            model.latent_stats,
+            indices,
+            labels(indices).to(model.sit.pos_embed.device),
+            labels.seed,
+            config,
+            shown=min(TRAJECTORIES, store.count),
+        )
         sheet = image_grid(frames.flatten(0, 1), columns=frames.shape[1])
         save_png(sheet, trajectory_file(store))
     write_json(target.with_suffix(".json"), record)

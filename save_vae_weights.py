@@ -39,8 +39,10 @@ def main(argv: list[str] | None = None) -> None:
         require_new_vae_files(args.save_dir, args.vae_name)
     with about("--repae-ckpt"):
         if not path.is_file():
-            raise InputError(f"{path} does not exist; a run of train_repae.py has checkpoints/<step>.pt, and "
-                             "`hf download REPA-E/sit-repae-vavae` a public one")  # fmt: skip
+            raise InputError(
+                f"{path} does not exist; a run of train_repae.py has checkpoints/<step>.pt, and "
+                "`hf download REPA-E/sit-repae-vavae` a public one"
+            )
         checkpoint = read_checkpoint(path)
         if "vae" not in checkpoint:
             raise InputError(f"{path} holds no VAE: it is a checkpoint of train_ldm_only.py, whose VAE is frozen")

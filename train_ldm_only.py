@@ -42,8 +42,18 @@ PREVIEW_GUIDANCE = 4.0
 CHECKPOINT_ENTRIES = ("model", "ema", "opt", "steps")
 
 
-def train_step(run, nets: SimpleNamespace, optimizer: Optimizer, data: Iterator, step: int, *, micro_steps: int,
-               noising: Noising, proj_coeff: float, ema_decay: float) -> dict[str, Tensor]:  # fmt: skip
+def train_step(
+    run,
+    nets: SimpleNamespace,
+    optimizer: Optimizer,
+    data: Iterator,
+    step: int,
+    *,
+    micro_steps: int,
+    noising: Noising,
+    proj_coeff: float,
+    ema_decay: float,
+) -> dict[str, Tensor]:
     """One optimiser step of SiT over `micro_steps` batches; returns the scalars to log."""
     logs = {}
     for micro_step in range(micro_steps):
@@ -94,9 +104,11 @@ def main(argv: list[str] | None = None) -> None:
         for encoder in nets.encoders:
             encoder.compile_network()
     settings = dict(
-        micro_steps=args.gradient_accumulation_steps, noising=Noising(args.path_type, args.weighting, args.cfg_prob),
-        proj_coeff=args.proj_coeff, ema_decay=args.ema_decay,
-    )  # fmt: skip
+        micro_steps=args.gradient_accumulation_steps,
+        noising=Noising(args.path_type, args.weighting, args.cfg_prob),
+        proj_coeff=args.proj_coeff,
+        ema_decay=args.ema_decay,
+    )
 
     def log_evaluation(step: int) -> None:
         run.log_evaluation(step, evaluate(nets.ema, nets.vae, nets.sit.latent_stats()))
@@ -130,14 +142,21 @@ def build_networks(args, run: Run, latents: LatentData) -> SimpleNamespace:
     channels, *sides = latents.array.shape[1:]
     nets.latent_shape = (channels // 2, *sides)
     if nets.vae.config.latent_channels != nets.latent_shape[0]:
-        raise InputError(f"--vae-latents-name: {latents.path}.npy holds latents of {nets.latent_shape[0]} channels; "
-                         f"the VAE of --vae-ckpt has {nets.vae.config.latent_channels}")  # fmt: skip
+        raise InputError(
+            f"--vae-latents-name: {latents.path}.npy holds latents of {nets.latent_shape[0]} channels; "
+            f"the VAE of --vae-ckpt has {nets.vae.config.latent_channels}"
+        )
     require_same_vae(args.vae_ckpt, nets.vae, latents)
     nets.sit = build_sit(
-        args.model, nets.latent_shape, encoder_depth=args.encoder_depth, num_classes=args.num_classes,
-        class_dropout_prob=args.cfg_prob, z_dims=[encoder.embed_dim for encoder in nets.encoders],
-        qk_norm=args.qk_norm, fused_attn=args.fused_attn,
-    )  # fmt: skip
+        args.model,
+        nets.latent_shape,
+        encoder_depth=args.encoder_depth,
+        num_classes=args.num_classes,
+        class_dropout_prob=args.cfg_prob,
+        z_dims=[encoder.embed_dim for encoder in nets.encoders],
+        qk_norm=args.qk_norm,
+        fused_attn=args.fused_attn,
+    )
     nets.sit.set_latent_stats(*(latent_statistics(args.vae_ckpt, nets.vae) or cached_statistics(latents)))
     run.notes += resizing_notes(nets.encoders, nets.sit.grid)
     nets.ema = copy.deepcopy(nets.sit).eval().requires_grad_(False)
@@ -151,8 +170,10 @@ def require_same_vae(vae_ckpt: str, vae: AutoencoderKL, latents: LatentData) -> 
     """Refuse latents of one VAE beside the decoder of another."""
     cached = latents.info.get("vae_sha256")
     if cached and vae_sha256(vae_ckpt, vae) != cached:
-        raise InputError(f"--vae-ckpt: {vae_ckpt} is not the VAE that {latents.path}.npy was cached with "
-                         f"({latents.info.get('vae')}); its samples would be decoded wrongly")  # fmt: skip
+        raise InputError(
+            f"--vae-ckpt: {vae_ckpt} is not the VAE that {latents.path}.npy was cached with "
+            f"({latents.info.get('vae')}); its samples would be decoded wrongly"
+        )
 
 
 def cached_statistics(latents: LatentData) -> tuple[Tensor, Tensor]:
@@ -184,8 +205,16 @@ def log_previews(args, run: Run, nets: SimpleNamespace, step: int) -> None:
     """Samples of the EMA as a grid."""
     guidance = PREVIEW_GUIDANCE if nets.ema.null_label is not None else 1.0
     config = SamplerConfig(path_type=args.path_type, guidance_scale=guidance)
-    samples = preview(nets.ema, nets.vae, nets.sit.latent_stats(), args.num_preview, args.seed, config,
-                      rank=run.rank, world_size=run.world_size)  # fmt: skip
+    samples = preview(
+        nets.ema,
+        nets.vae,
+        nets.sit.latent_stats(),
+        args.num_preview,
+        args.seed,
+        config,
+        rank=run.rank,
+        world_size=run.world_size,
+    )
     if run.is_main:
         run.log_image(step, "samples", image_grid(samples, columns=8))
     run.wait()

@@ -57,9 +57,20 @@ PREVIEW_GUIDANCE = 4.0
 CHECKPOINT_ENTRIES = ("model", "ema", "vae", "discriminator", "opt", "opt_vae", "opt_disc", "steps")
 
 
-def train_step(run, nets: SimpleNamespace, optimizers: SimpleNamespace, data: Iterator, step: int, *, micro_steps: int,
-               noising: Noising, proj_coeff: float, vae_align_proj_coeff: float, ema_decay: float,
-               stop_grad: bool = True) -> dict[str, Tensor]:  # fmt: skip
+def train_step(
+    run,
+    nets: SimpleNamespace,
+    optimizers: SimpleNamespace,
+    data: Iterator,
+    step: int,
+    *,
+    micro_steps: int,
+    noising: Noising,
+    proj_coeff: float,
+    vae_align_proj_coeff: float,
+    ema_decay: float,
+    stop_grad: bool = True,
+) -> dict[str, Tensor]:
     """One optimiser step of VAE, discriminator and SiT, over `micro_steps` batches; returns the scalars to log."""
     logs = {}
     for micro_step in range(micro_steps):
@@ -108,8 +119,15 @@ def train_step(run, nets: SimpleNamespace, optimizers: SimpleNamespace, data: It
             optimizers.opt.backward(sit_loss / micro_steps)
             grad_norm_sit = optimizers.opt.step() if last else None
 
-        scalars = dict(sit_loss=sit_loss, denoising_loss=denoising_loss, proj_loss=proj_loss, vae_loss=vae_loss,
-                       vae_align_loss=vae_align_loss, **terms, **d_terms)  # fmt: skip
+        scalars = dict(
+            sit_loss=sit_loss,
+            denoising_loss=denoising_loss,
+            proj_loss=proj_loss,
+            vae_loss=vae_loss,
+            vae_align_loss=vae_align_loss,
+            **terms,
+            **d_terms,
+        )
         for name, value in scalars.items():
             logs[name] = logs.get(name, 0) + value.detach() / micro_steps
 
@@ -140,10 +158,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.compile:
         compile_networks(nets)
     settings = dict(
-        micro_steps=args.gradient_accumulation_steps, noising=Noising(args.path_type, args.weighting, args.cfg_prob),
-        proj_coeff=args.proj_coeff, vae_align_proj_coeff=args.vae_align_proj_coeff, ema_decay=args.ema_decay,
+        micro_steps=args.gradient_accumulation_steps,
+        noising=Noising(args.path_type, args.weighting, args.cfg_prob),
+        proj_coeff=args.proj_coeff,
+        vae_align_proj_coeff=args.vae_align_proj_coeff,
+        ema_decay=args.ema_decay,
         stop_grad=args.stop_grad,
-    )  # fmt: skip
+    )
 
     def log_evaluation(step: int) -> None:
         run.log_evaluation(step, evaluate(nets.ema, nets.vae.vae, nets.ema.latent_stats()))
@@ -188,10 +209,17 @@ def build_networks(args, run: Run) -> SimpleNamespace:
     nets.vae = TrainableVAE(vae)
 
     nets.sit = build_sit(
-        args.model, nets.latent_shape, encoder_depth=args.encoder_depth, num_classes=args.num_classes,
-        class_dropout_prob=args.cfg_prob, z_dims=[encoder.embed_dim for encoder in nets.encoders],
-        qk_norm=args.qk_norm, fused_attn=args.fused_attn, bn_momentum=args.bn_momentum, learn_pos_embed=True,
-    )  # fmt: skip
+        args.model,
+        nets.latent_shape,
+        encoder_depth=args.encoder_depth,
+        num_classes=args.num_classes,
+        class_dropout_prob=args.cfg_prob,
+        z_dims=[encoder.embed_dim for encoder in nets.encoders],
+        qk_norm=args.qk_norm,
+        fused_attn=args.fused_attn,
+        bn_momentum=args.bn_momentum,
+        learn_pos_embed=True,
+    )
     run.notes += resizing_notes(nets.encoders, nets.sit.grid)
     nets.ema = copy.deepcopy(nets.sit).eval().requires_grad_(False)
     if checkpoint is not None:
@@ -279,8 +307,16 @@ def log_previews(args, run: Run, nets: SimpleNamespace, data: ImageData, step: i
     vae = nets.vae.vae
     guidance = PREVIEW_GUIDANCE if nets.ema.null_label is not None else 1.0
     config = SamplerConfig(path_type=args.path_type, guidance_scale=guidance)
-    samples = preview(nets.ema, vae, nets.ema.latent_stats(), args.num_preview, args.seed, config,
-                      rank=run.rank, world_size=run.world_size)  # fmt: skip
+    samples = preview(
+        nets.ema,
+        vae,
+        nets.ema.latent_stats(),
+        args.num_preview,
+        args.seed,
+        config,
+        rank=run.rank,
+        world_size=run.world_size,
+    )
     if run.is_main:
         run.log_image(step, "samples", image_grid(samples, columns=8))
         images, _ = data.__getitems__(evenly_spaced(len(data), args.num_preview // 2))

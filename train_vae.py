@@ -41,8 +41,9 @@ from utils.modules import frozen
 CHECKPOINT_ENTRIES = ("vae", "discriminator", "opt_vae", "opt_disc", "steps")
 
 
-def train_step(run, nets: SimpleNamespace, optimizers: SimpleNamespace, data: Iterator, step: int, *,
-               micro_steps: int) -> dict[str, Tensor]:  # fmt: skip
+def train_step(
+    run, nets: SimpleNamespace, optimizers: SimpleNamespace, data: Iterator, step: int, *, micro_steps: int
+) -> dict[str, Tensor]:
     """One optimiser step of VAE and discriminator over `micro_steps` batches; returns the scalars to log."""
     logs = {}
     for micro_step in range(micro_steps):
@@ -165,8 +166,9 @@ def write_vae(args, nets: SimpleNamespace, data: ImageData, run: Run) -> None:
     vae = nets.vae.vae.eval()
     scale, bias = measure_latent_statistics(vae, data, device=run.device, rank=run.rank, world_size=run.world_size)
     if run.is_main:
-        folder = save_vae_files(args.output_dir, args.exp_name, vae, scale, bias, nets.discriminator.state_dict(),
-                                overwrite=True)  # fmt: skip
+        folder = save_vae_files(
+            args.output_dir, args.exp_name, vae, scale, bias, nets.discriminator.state_dict(), overwrite=True
+        )
         print(f"the VAE is {Path(folder) / args.exp_name}.pt")
 
 

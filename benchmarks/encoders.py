@@ -27,9 +27,16 @@ def random_encoder(spec: EncoderSpec, resolution: int, depth: int | None) -> Enc
         torch.nn.init.normal_(parameter, std=0.02)
     grid = spec.grid(resolution)
     return Encoder(
-        spec.name, network, resolution=resolution, input_size=grid * spec.patch, grid=grid, embed_dim=spec.width,
-        prefix_tokens=spec.prefix_tokens, mean_std=spec.mean_std, resize_first=spec.resize_first,
-    )  # fmt: skip
+        spec.name,
+        network,
+        resolution=resolution,
+        input_size=grid * spec.patch,
+        grid=grid,
+        embed_dim=spec.width,
+        prefix_tokens=spec.prefix_tokens,
+        mean_std=spec.mean_std,
+        resize_first=spec.resize_first,
+    )
 
 
 def seconds(call: Callable, device: torch.device) -> tuple[float, float]:
@@ -49,8 +56,17 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
     torch.set_num_threads(args.threads)
     device, spec = torch.device(args.device), ENCODERS[name]
     encoder = random_encoder(spec, args.resolution, args.depth).to(device)
-    bare = timm.create_model(spec.timm_name, num_classes=0, img_size=encoder.input_size, depth=args.depth or spec.depth,
-                             num_heads=spec.heads).eval().to(device)  # fmt: skip
+    bare = (
+        timm.create_model(
+            spec.timm_name,
+            num_classes=0,
+            img_size=encoder.input_size,
+            depth=args.depth or spec.depth,
+            num_heads=spec.heads,
+        )
+        .eval()
+        .to(device)
+    )
     bare.load_state_dict(encoder.network.state_dict())
     images = torch.randint(256, (args.batch_size, 3, args.resolution, args.resolution), dtype=torch.uint8).to(device)
     pixels = encoder.preprocess(images)

@@ -64,8 +64,12 @@ def box_muller(indices: Sequence[int], shape: tuple[int, ...]) -> np.ndarray:
     keys = [KEY & 0xFFFFFFFF, KEY >> 32]
     for _ in range(10):
         first, second = (x[2 * i] * np.uint64(MULTIPLIERS[i]) for i in (0, 1))
-        x = [(second >> np.uint64(32)) ^ x[1] ^ np.uint64(keys[0]), second & mask,
-             (first >> np.uint64(32)) ^ x[3] ^ np.uint64(keys[1]), first & mask]  # fmt: skip
+        x = [
+            (second >> np.uint64(32)) ^ x[1] ^ np.uint64(keys[0]),
+            second & mask,
+            (first >> np.uint64(32)) ^ x[3] ^ np.uint64(keys[1]),
+            first & mask,
+        ]
         keys = [(key + weyl) & 0xFFFFFFFF for key, weyl in zip(keys, WEYL, strict=True)]
     uniform = np.stack([(part.astype(np.float32) + 0.5) * np.float32(2**-32) for part in x], axis=-1)
     radius, angle = np.sqrt(-2 * np.log(uniform[..., :2])), 2 * np.float32(np.pi) * uniform[..., 2:]
@@ -117,8 +121,10 @@ def main() -> None:
     for name, draw in SCHEMES.items():
         times = [milliseconds(draw, indices, shape, args.repeats) for shape in SHAPES]
         print(f"| {name} | {' | '.join(f'{time:.1f}' for time in times)} |")
-    print("\n* Its bits depend on the processor: torch.randn has other code for processors without AVX2 "
-          "(ATEN_CPU_CAPABILITY=default shows it).")  # fmt: skip
+    print(
+        "\n* Its bits depend on the processor: torch.randn has other code for processors without AVX2 "
+        "(ATEN_CPU_CAPABILITY=default shows it)."
+    )
 
 
 if __name__ == "__main__":

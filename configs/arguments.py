@@ -80,8 +80,11 @@ def add_run_flags(parser) -> None:
     run.add_argument("--sampling-steps", type=positive_int, default=10000, help="steps between two preview grids")
     run.add_argument("--num-preview", type=natural_int, default=64, help="images of a preview grid; 0 for no previews")
     run.add_argument("--checkpointing-steps", type=positive_int, default=50000, help="steps between two checkpoints")
-    run.add_argument("--resume", metavar="{latest,STEP}", help="go on from this checkpoint of the run's own folder; "
-                     "'latest' starts afresh where there is none yet")  # fmt: skip
+    run.add_argument(
+        "--resume",
+        metavar="{latest,STEP}",
+        help="go on from this checkpoint of the run's own folder; 'latest' starts afresh where there is none yet",
+    )
     run.add_argument("--resume-step", type=natural_int, default=0, help="as --resume STEP (0: off)")
     run.add_argument("--continue-train-exp-dir", help="the run folder that --resume-step reads from, if not its own")
     on_off(run, "--overwrite", False, "delete an existing run folder of this name and start afresh")
@@ -128,8 +131,14 @@ def add_data_flags(parser) -> None:
 
 def add_sit_flags(parser, *, bn_momentum: bool) -> None:
     sit = parser.add_argument_group("SiT")
-    sit.add_argument("--model", "--models", default="SiT-XL/2", choices=SIT_NAMES, metavar="SiT-{T,S,B,L,XL}/{1,2,4,8}",
-                     help="size and patch")  # fmt: skip
+    sit.add_argument(
+        "--model",
+        "--models",
+        default="SiT-XL/2",
+        choices=SIT_NAMES,
+        metavar="SiT-{T,S,B,L,XL}/{1,2,4,8}",
+        help="size and patch",
+    )
     sit.add_argument("--encoder-depth", type=positive_int, default=8, help="block whose tokens are aligned, from 1")
     on_off(sit, "--qk-norm", False, "LayerNorm on queries and keys")
     on_off(sit, "--fused-attn", True, "torch's fused attention")
@@ -151,8 +160,12 @@ def add_alignment_flags(parser) -> None:
 
 def add_vae_flags(parser, *, ckpt: str, default: str) -> None:
     vae = parser.add_argument_group("VAE")
-    vae.add_argument("--vae", default=default, choices=[*VAE_NAMES, "auto"],
-                     help="architecture; auto takes it from the diffusers folder that --vae-ckpt names")  # fmt: skip
+    vae.add_argument(
+        "--vae",
+        default=default,
+        choices=[*VAE_NAMES, "auto"],
+        help="architecture; auto takes it from the diffusers folder that --vae-ckpt names",
+    )
     vae.add_argument("--vae-ckpt", default=ckpt, help=".pt (LDM keys), .safetensors or a diffusers folder")
 
 
@@ -168,8 +181,11 @@ def add_vae_loss_flags(parser) -> None:
 def add_feature_flags(parser, *, more: str = "") -> None:
     """The space in which sets of images are compared."""
     space = parser.add_argument_group("feature space")
-    space.add_argument("--features", default="inception", help="inception (FID), dinov2-vit-l (FD-DINOv2), any other "
-                       f"--enc-type (FD of its mean token){more}")  # fmt: skip
+    space.add_argument(
+        "--features",
+        default="inception",
+        help=f"inception (FID), dinov2-vit-l (FD-DINOv2), any other --enc-type (FD of its mean token){more}",
+    )
     space.add_argument("--inception-weights", help="torch-fidelity's weights file (default: downloaded once)")
     space.add_argument("--enc-ckpt", help="weights file of another --features network")
 
@@ -223,8 +239,12 @@ def generate_parser() -> ArgumentParser:
     parser.add_argument("--vae-ckpt", help="VAE, where neither the checkpoint nor args.json lead to one")
     parser.add_argument("--sample-dir", default="samples", help="where the samples go")
     parser.add_argument("--num-fid-samples", type=positive_int, default=50000, help="how many samples")
-    parser.add_argument("--pproc-batch-size", type=positive_int, default=256,
-                        help="samples at a time per process; a short last batch is filled up")  # fmt: skip
+    parser.add_argument(
+        "--pproc-batch-size",
+        type=positive_int,
+        default=256,
+        help="samples at a time per process; a short last batch is filled up",
+    )
     parser.add_argument("--global-seed", type=natural_int, default=0, help="sample i depends on (this, i) alone")
     parser.add_argument("--mode", default="ode", choices=["ode", "sde"], help="Euler or Heun; or Euler-Maruyama")
     on_off(parser, "--heun", False, "second-order steps (ode only)")
@@ -233,13 +253,20 @@ def generate_parser() -> ArgumentParser:
     parser.add_argument("--cfg-scale", type=guidance_float, default=1.5, help="classifier-free guidance; 1: off")
     parser.add_argument("--guidance-low", type=unit_float, default=0.0, help="guidance only for t >= this")
     parser.add_argument("--guidance-high", type=unit_float, default=1.0, help="guidance only for t <= this")
-    parser.add_argument("--label-sampling", default="random", choices=["random", "equal"],
-                        help="class of each sample: uniform draw, or the same count of every class")  # fmt: skip
+    parser.add_argument(
+        "--label-sampling",
+        default="random",
+        choices=["random", "equal"],
+        help="class of each sample: uniform draw, or the same count of every class",
+    )
     parser.add_argument("--num-classes", type=positive_int, help="classes to draw from (default: the model's)")
     parser.add_argument("--classes", help="only these classes, between commas")
     parser.add_argument("--label-file", help=".npy or text file with the label of each sample")
-    parser.add_argument("--precision", choices=["fp32", "tf32", "bf16", "fp16"], help="of SiT; bf16 and fp16: autocast "
-                        "(default: tf32, or fp32 under --no-tf32)")  # fmt: skip
+    parser.add_argument(
+        "--precision",
+        choices=["fp32", "tf32", "bf16", "fp16"],
+        help="of SiT; bf16 and fp16: autocast (default: tf32, or fp32 under --no-tf32)",
+    )
     parser.add_argument("--grid", type=grid_shape, default="8x8", metavar="RxC", help="shape of the contact sheet")
     on_off(parser, "--ema", True, "the moving average of SiT's weights")
     on_off(parser, "--compile", False, "torch.compile SiT")

@@ -211,5 +211,8 @@ def warn_if_few(what: str, count: int | None, dim: int) -> None:
     if count is not None and count <= dim and rank() == 0:
         logger.warning(
             "%s: %d images for %d dimensions: the covariance is singular, and the distance far larger than from many "
-            "images; compare it only with distances from equally many", what, count, dim,
-        )  # fmt: skip
+            "images; compare it only with distances from equally many",
+            what,
+            count,
+            dim,
+        )

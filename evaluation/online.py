@@ -25,15 +25,22 @@ def online_evaluation(args, run) -> "OnlineEvaluation | None":
                 raise InputError(f"--eval-reference: {args.eval_reference} was given; it goes with --eval-steps")
             return None
         if args.eval_reference is None:
-            raise InputError("--eval-reference: an ADM reference file, a --save-stats file or images are needed by "
-                             "--eval-steps")  # fmt: skip
+            raise InputError(
+                "--eval-reference: an ADM reference file, a --save-stats file or images are needed by --eval-steps"
+            )
         if args.eval_samples <= NEIGHBOUR:
             raise InputError(f"--eval-samples: {args.eval_samples} was given; more than {NEIGHBOUR} are needed")
     with renamed(FLAGS):
         return OnlineEvaluation(
-            args.eval_reference, features=args.eval_features, weights=args.eval_weights, count=args.eval_samples,
-            resolution=args.resolution, seed=args.seed, path_type=args.path_type, device=run.device,
-        )  # fmt: skip
+            args.eval_reference,
+            features=args.eval_features,
+            weights=args.eval_weights,
+            count=args.eval_samples,
+            resolution=args.resolution,
+            seed=args.seed,
+            path_type=args.path_type,
+            device=run.device,
+        )
 
 
 class OnlineEvaluation:
@@ -52,8 +59,19 @@ class OnlineEvaluation:
         batch_size: samples at a time per process.
     """
 
-    def __init__(self, reference: str, *, features: str, weights: str | None, count: int, resolution: int, seed: int,
-                 path_type: str, device: torch.device, batch_size: int = 64):  # fmt: skip
+    def __init__(
+        self,
+        reference: str,
+        *,
+        features: str,
+        weights: str | None,
+        count: int,
+        resolution: int,
+        seed: int,
+        path_type: str,
+        device: torch.device,
+        batch_size: int = 64,
+    ):
         size = (resolution, resolution)
         self.device, self.count, self.seed, self.batch_size = device, count, seed, batch_size
         self.sampler = SamplerConfig(path_type=path_type)

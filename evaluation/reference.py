@@ -67,8 +67,10 @@ def read_reference(
             raise InputError(f"{path} holds Inception's moments alone; --features {network.label} needs images")
     if not stored:
         if "mu" in arrays:
-            _say(f"{path}: the stored moments are Inception's; those in the space of {network.label} are of its "
-                 f"{len(source)} images")  # fmt: skip
+            _say(
+                f"{path}: the stored moments are Inception's; those in the space of {network.label} are of its "
+                f"{len(source)} images"
+            )
         # A folder may hold a whole training set: it gives precision and recall 10,000 images, evenly spread.
         keep = None if path.is_file() else spread(len(source), NEIGHBOUR_IMAGES)
         return extract(source, network, device, batch_size=batch_size, keep=keep, description="reference")

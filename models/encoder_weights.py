@@ -40,8 +40,10 @@ def find_weights(spec: EncoderSpec, checkpoint: str | None = None) -> Path:
     if checkpoint is not None:
         path = Path(checkpoint)
         if path.is_dir():
-            raise InputError(f"--enc-ckpt: {checkpoint} is a folder; a weights file is needed "
-                             f"(a folder in timm's format: --enc-type timm:local-dir:{checkpoint})")  # fmt: skip
+            raise InputError(
+                f"--enc-ckpt: {checkpoint} is a folder; a weights file is needed "
+                f"(a folder in timm's format: --enc-type timm:local-dir:{checkpoint})"
+            )
         if not path.is_file():
             raise InputError(f"--enc-ckpt: {checkpoint} does not exist; {_how_to_get(spec)}")
         return path

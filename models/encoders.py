@@ -199,9 +199,16 @@ def _load_public(spec: EncoderSpec, resolution: int, checkpoint: str | None) -> 
     if not spec.final_norm:  # built and loaded with it, so that the file is checked whole
         network.norm = nn.Identity()
     return Encoder(
-        spec.name, network, resolution=resolution, input_size=grid * spec.patch, grid=grid, embed_dim=spec.width,
-        prefix_tokens=spec.prefix_tokens, mean_std=spec.mean_std, resize_first=spec.resize_first,
-    )  # fmt: skip
+        spec.name,
+        network,
+        resolution=resolution,
+        input_size=grid * spec.patch,
+        grid=grid,
+        embed_dim=spec.width,
+        prefix_tokens=spec.prefix_tokens,
+        mean_std=spec.mean_std,
+        resize_first=spec.resize_first,
+    )
 
 
 def load_network(spec: EncoderSpec, resolution: int, checkpoint: str | None = None) -> nn.Module:
@@ -224,9 +231,13 @@ def build(spec: EncoderSpec, resolution: int, depth: int | None = None) -> nn.Mo
     """
     with torch.device("meta"):
         network = timm.create_model(
-            spec.timm_name, pretrained=False, num_classes=0, img_size=spec.grid(resolution) * spec.patch,
-            depth=depth or spec.depth, num_heads=spec.heads,
-        )  # fmt: skip
+            spec.timm_name,
+            pretrained=False,
+            num_classes=0,
+            img_size=spec.grid(resolution) * spec.patch,
+            depth=depth or spec.depth,
+            num_heads=spec.heads,
+        )
     eps = {module.eps for module in network.modules() if isinstance(module, nn.LayerNorm)}
     assert eps == {spec.eps}, f"{spec.timm_name} has LayerNorm eps {eps}, {spec.name} was trained with {spec.eps}"
     return network
@@ -256,10 +267,16 @@ def _load_timm(name: str, resolution: int, checkpoint: str | None) -> Encoder:
     config = network.pretrained_cfg
     interpolation = config["interpolation"] if config["interpolation"] in ("bilinear", "nearest") else "bicubic"
     return Encoder(
-        name, network, resolution=resolution, input_size=input_size, grid=grid, embed_dim=width,
-        prefix_tokens=getattr(network, "num_prefix_tokens", 0), mean_std=(config["mean"], config["std"]),
+        name,
+        network,
+        resolution=resolution,
+        input_size=input_size,
+        grid=grid,
+        embed_dim=width,
+        prefix_tokens=getattr(network, "num_prefix_tokens", 0),
+        mean_std=(config["mean"], config["std"]),
         interpolation=interpolation,
-    )  # fmt: skip
+    )
 
 
 def _timm_model(name: str, *, meta: bool = False, **options) -> nn.Module:

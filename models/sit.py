@@ -167,8 +167,11 @@ class SiT(nn.Module):
             self.t_embedder.mlp[2].weight,
         ):
             nn.init.normal_(weight, std=0.02)
-        for layer in (*(block.adaLN_modulation[1] for block in self.blocks), self.final_layer.adaLN_modulation[1],
-                      self.final_layer.linear):  # fmt: skip
+        for layer in (
+            *(block.adaLN_modulation[1] for block in self.blocks),
+            self.final_layer.adaLN_modulation[1],
+            self.final_layer.linear,
+        ):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -241,10 +244,12 @@ class LabelEmbedder(nn.Module):
 def projector(hidden_size: int, projector_dim: int, width: int) -> nn.Sequential:
     """REPA's projection head: three linear layers with SiLU between, D -> F."""
     return nn.Sequential(
-        nn.Linear(hidden_size, projector_dim), nn.SiLU(),
-        nn.Linear(projector_dim, projector_dim), nn.SiLU(),
+        nn.Linear(hidden_size, projector_dim),
+        nn.SiLU(),
+        nn.Linear(projector_dim, projector_dim),
+        nn.SiLU(),
         nn.Linear(projector_dim, width),
-    )  # fmt: skip
+    )
 
 
 class LatentNorm(nn.BatchNorm2d):

@@ -38,8 +38,14 @@ class SamplerConfig:
 
 
 @torch.no_grad()
-def sample_latents(sit: SiT, indices: Sequence[int], labels: Tensor, seed: int, config: SamplerConfig,
-                   watch: Callable[[int, Tensor], None] | None = None) -> Tensor:  # fmt: skip
+def sample_latents(
+    sit: SiT,
+    indices: Sequence[int],
+    labels: Tensor,
+    seed: int,
+    config: SamplerConfig,
+    watch: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
     """Normalised latents x_0 (B, C, h, w) float64 of the samples with these numbers.
 
     Every draw depends on (seed, sample number) alone, and is made on the CPU: the same bits on every device. On CUDA
@@ -66,11 +72,21 @@ def sample_latents(sit: SiT, indices: Sequence[int], labels: Tensor, seed: int, 
         with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
             return sit(x_t, t, y)[0].float()
 
-    common = dict(num_steps=config.num_steps, guidance_scale=config.guidance_scale,
-                  guidance_interval=config.guidance_interval, null_label=sit.null_label)  # fmt: skip
+    common = dict(
+        num_steps=config.num_steps,
+        guidance_scale=config.guidance_scale,
+        guidance_interval=config.guidance_interval,
+        null_label=sit.null_label,
+    )
     if config.mode == "sde":
-        return euler_maruyama(velocity, draw("noise"), labels, path_type=config.path_type,
-                              step_noise=lambda i: draw(f"step {i}"), **common)  # fmt: skip
+        return euler_maruyama(
+            velocity,
+            draw("noise"),
+            labels,
+            path_type=config.path_type,
+            step_noise=lambda i: draw(f"step {i}"),
+            **common,
+        )
     return (heun if config.heun else euler)(velocity, draw("noise"), labels, **common)
 
 
@@ -80,8 +96,15 @@ def decode_latents(vae: AutoencoderKL, x_0: Tensor, scale: Tensor, bias: Tensor)
     return to_uint8(decode(vae, denormalize(x_0.float(), scale, bias)))
 
 
-def draw_images(sit: SiT, vae: AutoencoderKL, latent_stats: tuple[Tensor, Tensor], indices: Sequence[int],
-                labels: Tensor, seed: int, config: SamplerConfig) -> Tensor:  # fmt: skip
+def draw_images(
+    sit: SiT,
+    vae: AutoencoderKL,
+    latent_stats: tuple[Tensor, Tensor],
+    indices: Sequence[int],
+    labels: Tensor,
+    seed: int,
+    config: SamplerConfig,
+) -> Tensor:
     """Images uint8 (B, 3, H, W) of the samples with these numbers; as `sample_latents` and `decode_latents`.
 
     Raises:
@@ -94,8 +117,18 @@ def draw_images(sit: SiT, vae: AutoencoderKL, latent_stats: tuple[Tensor, Tensor
 
 
 @torch.no_grad()
-def trajectory(sit: SiT, vae: AutoencoderKL, latent_stats: tuple[Tensor, Tensor], indices: Sequence[int],
-               labels: Tensor, seed: int, config: SamplerConfig, *, shown: int, frames: int = 9) -> Tensor:  # fmt: skip
+def trajectory(
+    sit: SiT,
+    vae: AutoencoderKL,
+    latent_stats: tuple[Tensor, Tensor],
+    indices: Sequence[int],
+    labels: Tensor,
+    seed: int,
+    config: SamplerConfig,
+    *,
+    shown: int,
+    frames: int = 9,
+) -> Tensor:
     """The first samples of a batch on their way, uint8 (shown, frames, 3, H, W) on the CPU.
 
     Frame 0 is the noise and the last frame the sample, decoded; between them lie states at about evenly spaced steps.
@@ -116,8 +149,17 @@ def trajectory(sit: SiT, vae: AutoencoderKL, latent_stats: tuple[Tensor, Tensor]
 
 
 @torch.no_grad()
-def preview(sit: SiT, vae: AutoencoderKL, latent_stats: tuple[Tensor, Tensor], count: int, seed: int,
-            config: SamplerConfig, *, rank: int = 0, world_size: int = 1) -> Tensor:  # fmt: skip
+def preview(
+    sit: SiT,
+    vae: AutoencoderKL,
+    latent_stats: tuple[Tensor, Tensor],
+    count: int,
+    seed: int,
+    config: SamplerConfig,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Tensor:
     """The same `count` samples at every call, their classes spread evenly; uint8 (count, 3, H, W) on every process.
 
     Processes share the work, in batches that do not depend on their number. Nothing here touches the training's random

@@ -27,8 +27,16 @@ def sde_times(num_steps: int) -> Tensor:
     return torch.cat([noisy, torch.zeros(1, dtype=torch.float64)])
 
 
-def euler(velocity: Velocity, noise: Tensor, labels: Tensor, *, num_steps: int, guidance_scale: float = 1.0,
-          guidance_interval: tuple[float, float] = (0.0, 1.0), null_label: int | None = None) -> Tensor:  # fmt: skip
+def euler(
+    velocity: Velocity,
+    noise: Tensor,
+    labels: Tensor,
+    *,
+    num_steps: int,
+    guidance_scale: float = 1.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    null_label: int | None = None,
+) -> Tensor:
     """First-order ODE sampler.
 
     Args:
@@ -51,8 +59,16 @@ def euler(velocity: Velocity, noise: Tensor, labels: Tensor, *, num_steps: int, 
     return x
 
 
-def heun(velocity: Velocity, noise: Tensor, labels: Tensor, *, num_steps: int, guidance_scale: float = 1.0,
-         guidance_interval: tuple[float, float] = (0.0, 1.0), null_label: int | None = None) -> Tensor:  # fmt: skip
+def heun(
+    velocity: Velocity,
+    noise: Tensor,
+    labels: Tensor,
+    *,
+    num_steps: int,
+    guidance_scale: float = 1.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    null_label: int | None = None,
+) -> Tensor:
     """Second-order ODE sampler (EDM, arXiv 2206.00364, algorithm 1); the last step is an Euler step. As `euler`."""
     guided = _guided(velocity, labels, guidance_scale, guidance_interval, null_label)
     x = noise.double()
@@ -67,10 +83,18 @@ def heun(velocity: Velocity, noise: Tensor, labels: Tensor, *, num_steps: int, g
     return x
 
 
-def euler_maruyama(velocity: Velocity, noise: Tensor, labels: Tensor, *, num_steps: int, path_type: str,
-                   step_noise: Callable[[int], Tensor], guidance_scale: float = 1.0,
-                   guidance_interval: tuple[float, float] = (0.0, 1.0),
-                   null_label: int | None = None) -> Tensor:  # fmt: skip
+def euler_maruyama(
+    velocity: Velocity,
+    noise: Tensor,
+    labels: Tensor,
+    *,
+    num_steps: int,
+    path_type: str,
+    step_noise: Callable[[int], Tensor],
+    guidance_scale: float = 1.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    null_label: int | None = None,
+) -> Tensor:
     """SDE sampler with diffusion w_t = 2 t (SiT, eq. 10); the last step, from t = 0.04, adds no noise. As `euler`, and
 
     Args:

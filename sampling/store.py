@@ -57,8 +57,10 @@ class SampleStore:
         goes_on = self._is_partial(job)
         if not (goes_on or overwrite):
             if self.job_file.exists() and self._holds_work():
-                raise InputError(f"{FLAG}: {self.job_file} is of an interrupted job that this one cannot go on with "
-                                 f"({_differences(self._read_job(), job)}); --overwrite discards it")  # fmt: skip
+                raise InputError(
+                    f"{FLAG}: {self.job_file} is of an interrupted job that this one cannot go on with "
+                    f"({_differences(self._read_job(), job)}); --overwrite discards it"
+                )
             for path in filter(Path.exists, others):
                 raise InputError(f"{FLAG}: {path} exists already; --overwrite replaces it")
         # The partial array (a sparse file: its blocks come as they are written), and then the .npz beside it.

@@ -14,8 +14,9 @@ from utils.checkpoint import checkpoint_path, latest_step, load_strictly, read_c
 from utils.errors import InputError
 
 
-def load_trained(exp_path: str | Path, train_steps: str | None = None, vae_ckpt: str | Path | None = None, *,
-                 ema: bool = True) -> SimpleNamespace:  # fmt: skip
+def load_trained(
+    exp_path: str | Path, train_steps: str | None = None, vae_ckpt: str | Path | None = None, *, ema: bool = True
+) -> SimpleNamespace:
     """SiT, VAE and latent statistics of a run's checkpoint, on the CPU, in evaluation mode. No encoder is loaded.
 
     Args:
@@ -42,20 +43,30 @@ def load_trained(exp_path: str | Path, train_steps: str | None = None, vae_ckpt:
         trained_with = args.get("vae") if args.get("vae") in vae_models else "auto"
         vae = load_vae("auto" if vae_ckpt else trained_with, vae_path)
     if vae.config.latent_channels != sit.in_channels:
-        raise InputError(f"--vae-ckpt: the VAE has {vae.config.latent_channels} latent channels; "
-                         f"the SiT of {path} needs {sit.in_channels}")  # fmt: skip
+        raise InputError(
+            f"--vae-ckpt: the VAE has {vae.config.latent_channels} latent channels; "
+            f"the SiT of {path} needs {sit.in_channels}"
+        )
     return SimpleNamespace(
-        sit=sit, vae=vae.requires_grad_(False), latent_stats=_latent_stats(checkpoint, vae, vae_path),
-        resolution=sit.grid * sit.patch_size * downsampling(vae), checkpoint=path, vae_path=vae_path,
-        step=int(path.stem), name=Path(exp_path).resolve().name, args=args,
-    )  # fmt: skip
+        sit=sit,
+        vae=vae.requires_grad_(False),
+        latent_stats=_latent_stats(checkpoint, vae, vae_path),
+        resolution=sit.grid * sit.patch_size * downsampling(vae),
+        checkpoint=path,
+        vae_path=vae_path,
+        step=int(path.stem),
+        name=Path(exp_path).resolve().name,
+        args=args,
+    )
 
 
 def find_checkpoint(exp_path: str | Path, train_steps: str | None) -> Path:
     run_dir = Path(exp_path)
     if not run_dir.is_dir():
-        raise InputError(f"--exp-path: {run_dir} is no folder; a run's folder, with checkpoints/, is needed (public: "
-                         "`hf download REPA-E/sit-repae-vavae`)")  # fmt: skip
+        raise InputError(
+            f"--exp-path: {run_dir} is no folder; a run's folder, with checkpoints/, is needed (public: "
+            "`hf download REPA-E/sit-repae-vavae`)"
+        )
     if train_steps is not None and not train_steps.isdecimal():
         raise InputError(f"--train-steps: {train_steps!r} was given; a number of steps is needed")
     step = int(train_steps) if train_steps is not None else latest_step(run_dir)

@@ -74,15 +74,18 @@ def test_library_functions_do_not_print():
 
 
 def test_files_stay_short():
-    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines())
-               for path in [*ROOT.glob("*.py"), *files(*FOLDERS)]}  # fmt: skip
+    lengths = {
+        str(path.relative_to(ROOT)): len(path.read_text().splitlines())
+        for path in [*ROOT.glob("*.py"), *files(*FOLDERS)]
+    }
     assert {name for name, length in lengths.items() if length > 400} == set(LONGER_THAN_400_LINES)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_needs_no_heavy_import(script):
-    done = subprocess.run([sys.executable, "-X", "importtime", f"{script}.py", "--help"], cwd=ROOT, text=True,
-                          capture_output=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", f"{script}.py", "--help"], cwd=ROOT, text=True, capture_output=True
+    )
     assert done.returncode == 0 and done.stdout.startswith(f"usage: {script}.py")
     loaded = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines()}
     assert "argparse" in loaded and not loaded & {"torch", "timm", "diffusers", "numpy", "accelerate", "PIL"}

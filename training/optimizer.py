@@ -22,8 +22,17 @@ class Optimizer:
         scale_loss: whether to scale losses against fp16 underflow (CUDA only).
     """
 
-    def __init__(self, parameters: list[tuple[str, nn.Parameter]], *, lr: float, betas: tuple[float, float],
-                 eps: float, weight_decay: float, max_grad_norm: float, scale_loss: bool):  # fmt: skip
+    def __init__(
+        self,
+        parameters: list[tuple[str, nn.Parameter]],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        max_grad_norm: float,
+        scale_loss: bool,
+    ):
         self.names = [name for name, _ in parameters]
         self.parameters = [parameter for _, parameter in parameters]
         self.max_grad_norm = max_grad_norm
@@ -71,8 +80,10 @@ class Optimizer:
                     raise InputError(f"{what} lacks the moments of {name}")
                 continue
             if entry["exp_avg"].numel() != parameter.numel():
-                raise InputError(f"{what}: the moments of {name} have shape {tuple(entry['exp_avg'].shape)}; "
-                                 f"the network's parameter has {tuple(parameter.shape)}")  # fmt: skip
+                raise InputError(
+                    f"{what}: the moments of {name} have shape {tuple(entry['exp_avg'].shape)}; "
+                    f"the network's parameter has {tuple(parameter.shape)}"
+                )
             entries[index] = _reshaped(entry, parameter.shape)
         # Hyperparameters are those of this run, not of the checkpoint: a resumed run may lower its learning rate.
         self.adamw.load_state_dict({"state": entries, "param_groups": self.adamw.state_dict()["param_groups"]})
@@ -84,8 +95,13 @@ def _reshaped(entry: dict, shape: torch.Size) -> dict:
 
 def adamw_settings(args: argparse.Namespace, *, scale_loss: bool) -> dict:
     """What the optimisers of a run have in common; the learning rates differ."""
-    return dict(betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, weight_decay=args.adam_weight_decay,
-                max_grad_norm=args.max_grad_norm, scale_loss=scale_loss)  # fmt: skip
+    return dict(
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        weight_decay=args.adam_weight_decay,
+        max_grad_norm=args.max_grad_norm,
+        scale_loss=scale_loss,
+    )
 
 
 def checkpoint_entries(optimizers: dict[str, Optimizer], shapes: dict[str, dict[str, torch.Size]]) -> dict:

@@ -36,8 +36,9 @@ def read_torch_file(path: str | Path) -> dict:
     except pickle.UnpicklingError as error:
         refused = re.search(r"(?:GLOBAL|global) ([\w.]+)", str(error))
         if refused:
-            raise InputError(f"{path} holds an object of {refused[1]}; only tensors and plain values are "
-                             "loaded") from None  # fmt: skip
+            raise InputError(
+                f"{path} holds an object of {refused[1]}; only tensors and plain values are loaded"
+            ) from None
         raise InputError(f"{path} is no torch checkpoint (truncated, or another kind of file)") from None
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         raise InputError(f"{path} is truncated or no torch checkpoint ({type(error).__name__})") from None
@@ -93,8 +94,11 @@ def load_strictly(module: nn.Module, state: dict, what: str) -> None:
     own = module.state_dict()
     problems = [f"lacks {key}" for key in own if key not in state]
     problems += [f"holds the unknown key {key}" for key in state if key not in own]
-    problems += [f"has {key} of shape {tuple(state[key].shape)}; {tuple(own[key].shape)} is needed"
-                 for key in own if key in state and state[key].shape != own[key].shape]  # fmt: skip
+    problems += [
+        f"has {key} of shape {tuple(state[key].shape)}; {tuple(own[key].shape)} is needed"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise InputError(f"{what} {problems[0]}{more}")

@@ -31,8 +31,10 @@ def start_processes():
         raise InputError(f"the launcher started {launched} processes, but each of them runs alone; use torchrun")
     plain = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
     if accelerator.distributed_type not in plain:
-        raise InputError(f"accelerate is configured for {accelerator.distributed_type.value}; these scripts run plain "
-                         "data parallel: run `accelerate config` again, or use torchrun")  # fmt: skip
+        raise InputError(
+            f"accelerate is configured for {accelerator.distributed_type.value}; these scripts run plain "
+            "data parallel: run `accelerate config` again, or use torchrun"
+        )
     return accelerator
 
 

@@ -32,10 +32,18 @@ HELD_OUT = 10  # every tenth image is never trained on
 def build_encoder(size: int, num_classes: int) -> nn.Module:
     """A ViT with the token grid of SiT-T/2; the final norm comes before pooling, so that tokens are normalised."""
     model = timm.create_model(
-        "vit_tiny_patch16_224", img_size=size, patch_size=PATCH, embed_dim=96, depth=4, num_heads=3,
-        class_token=False, global_pool="avg", fc_norm=False, num_classes=num_classes,
+        "vit_tiny_patch16_224",
+        img_size=size,
+        patch_size=PATCH,
+        embed_dim=96,
+        depth=4,
+        num_heads=3,
+        class_token=False,
+        global_pool="avg",
+        fc_norm=False,
+        num_classes=num_classes,
         pretrained_cfg_overlay={"tag": "digits", "license": "mit"},
-    )  # fmt: skip
+    )
     nn.init.normal_(model.pos_embed, std=0.5)  # timm's 0.02 is drowned by the patches for most of so short a training
     return model
 
@@ -46,8 +54,10 @@ def load_data(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
         raise InputError(f"--data-dir: {folder} has no images.npy and labels.npy; preprocessing.py writes them")
     images, labels = np.load(folder / "images.npy"), np.load(folder / "labels.npy")
     if len(images) <= HELD_OUT or images.shape[-1] != images.shape[-2] or images.shape[-1] % PATCH:
-        raise InputError(f"--data-dir: {folder} has images of {images.shape}; more than {HELD_OUT} of them, square, "
-                         f"with a side that {PATCH} divides, are needed")  # fmt: skip
+        raise InputError(
+            f"--data-dir: {folder} has images of {images.shape}; more than {HELD_OUT} of them, square, "
+            f"with a side that {PATCH} divides, are needed"
+        )
     return torch.from_numpy(images).float() / 127.5 - 1, torch.from_numpy(labels)
 
 
@@ -110,8 +120,9 @@ def main(argv=None):
     held_out = torch.arange(len(pixels)) % HELD_OUT == 0
     torch.manual_seed(args.seed)
     model = build_encoder(pixels.shape[-1], num_classes=int(labels.max()) + 1)
-    steps = train(model, pixels[~held_out], labels[~held_out], steps=args.steps, batch_size=args.batch_size,
-                  seed=args.seed)  # fmt: skip
+    steps = train(
+        model, pixels[~held_out], labels[~held_out], steps=args.steps, batch_size=args.batch_size, seed=args.seed
+    )
     for step, loss in steps:
         print(f"step {step:4d}  loss {loss:.3f}  {time.perf_counter() - start:4.0f} s", flush=True)
     save_encoder(model, args.out, pixels.shape[-1])

@@ -176,17 +176,22 @@ def main(argv=None):
     ldm_file, ldm_distance, *ldm = read_samples(folder / "samples", "ldm")
     real_share, shares = read_by_judge(real, [repae, ldm])
 
-    titles = (f"real digits: {real_share:.0%} read as their class", f"REPA-E samples: {shares[0]:.0%}",
-              f"samples of the LDM on the tuned VAE: {shares[1]:.0%}")  # fmt: skip
+    titles = (
+        f"real digits: {real_share:.0%} read as their class",
+        f"REPA-E samples: {shares[0]:.0%}",
+        f"samples of the LDM on the tuned VAE: {shares[1]:.0%}",
+    )
     sheets = {title: class_sheet(*images) for title, images in zip(titles, (real, repae, ldm), strict=True)}
     draw(folder, metrics, sheets)
     print_table(folder, seconds, metrics)
-    print("Read as their class by a support vector machine trained on real pixels, and the Frechet distance to the "
-          "real digits in the encoder's space:\n"
-          f"  {real_share:6.1%}        held-out real digits\n"
-          f"  {shares[0]:6.1%} {repae_distance:6.1f} REPA-E samples, {repae_file}\n"
-          f"  {shares[1]:6.1%} {ldm_distance:6.1f} samples of the LDM on its VAE, {ldm_file}\n"
-          f"Look at {folder / 'report.png'}, {folder / 'samples.png'}, {folder / 'reconstruction.png'}.")  # fmt: skip
+    print(
+        "Read as their class by a support vector machine trained on real pixels, and the Frechet distance to the "
+        "real digits in the encoder's space:\n"
+        f"  {real_share:6.1%}        held-out real digits\n"
+        f"  {shares[0]:6.1%} {repae_distance:6.1f} REPA-E samples, {repae_file}\n"
+        f"  {shares[1]:6.1%} {ldm_distance:6.1f} samples of the LDM on its VAE, {ldm_file}\n"
+        f"Look at {folder / 'report.png'}, {folder / 'samples.png'}, {folder / 'reconstruction.png'}."
+    )
 
 
 if __name__ == "__main__":

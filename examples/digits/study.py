@@ -53,19 +53,67 @@ def run(*words: object, threads: int = 1) -> None:
 def prepare(folder: Path, vae_steps: int) -> None:
     """Data, encoder, and the VAE that every method starts from; once for all seeds."""
     run("-m", "examples.digits.make_images", "--out", folder / "images")
-    run("preprocessing.py", "--imagenet-path", folder / "images", "--output-path", folder / "data", "--resolution",
-        make_images.SIZE, "--num-workers", 2, "--overwrite")  # fmt: skip
-    run("-m", "examples.digits.pretrain_encoder", "--data-dir", folder / "data", "--out", folder / "encoder",
-        threads=CORES)  # fmt: skip
-    run("train_vae.py", "--exp-name", "vae", "--vae", "f4d4-tiny", "--max-train-steps", vae_steps,
-        *training_flags(folder), *vae_loss_flags(1e-3), threads=CORES)  # fmt: skip
+    run(
+        "preprocessing.py",
+        "--imagenet-path",
+        folder / "images",
+        "--output-path",
+        folder / "data",
+        "--resolution",
+        make_images.SIZE,
+        "--num-workers",
+        2,
+        "--overwrite",
+    )
+    run(
+        "-m",
+        "examples.digits.pretrain_encoder",
+        "--data-dir",
+        folder / "data",
+        "--out",
+        folder / "encoder",
+        threads=CORES,
+    )
+    run(
+        "train_vae.py",
+        "--exp-name",
+        "vae",
+        "--vae",
+        "f4d4-tiny",
+        "--max-train-steps",
+        vae_steps,
+        *training_flags(folder),
+        *vae_loss_flags(1e-3),
+        threads=CORES,
+    )
     cache(folder, folder / "exps/vae/vae.pt", "vae")
 
 
 def training_flags(folder: Path) -> list:
-    return ["--data-dir", folder / "data", "--resolution", make_images.SIZE, "--num-classes", 10, "--num-workers", 0,
-            "--batch-size", 32, "--output-dir", folder / "exps", "--mixed-precision", "no", "--no-compile",
-            "--report-to", "none", "--log-steps", 20, "--num-preview", 0, "--overwrite"]  # fmt: skip
+    return [
+        "--data-dir",
+        folder / "data",
+        "--resolution",
+        make_images.SIZE,
+        "--num-classes",
+        10,
+        "--num-workers",
+        0,
+        "--batch-size",
+        32,
+        "--output-dir",
+        folder / "exps",
+        "--mixed-precision",
+        "no",
+        "--no-compile",
+        "--report-to",
+        "none",
+        "--log-steps",
+        20,
+        "--num-preview",
+        0,
+        "--overwrite",
+    ]
 
 
 def vae_loss_flags(rate: float) -> list:
@@ -73,13 +121,42 @@ def vae_loss_flags(rate: float) -> list:
 
 
 def sit_flags(folder: Path, steps: int, seed: int) -> list:
-    return [*training_flags(folder), "--model", "SiT-T/2", "--encoder-depth", 3, "--learning-rate", 1e-3, "--ema-decay",
-            0.98, "--max-train-steps", steps, "--seed", seed, "--vae", "f4d4-tiny"]  # fmt: skip
+    return [
+        *training_flags(folder),
+        "--model",
+        "SiT-T/2",
+        "--encoder-depth",
+        3,
+        "--learning-rate",
+        1e-3,
+        "--ema-decay",
+        0.98,
+        "--max-train-steps",
+        steps,
+        "--seed",
+        seed,
+        "--vae",
+        "f4d4-tiny",
+    ]
 
 
 def cache(folder: Path, vae: Path, name: str) -> None:
-    run("cache_latents.py", "--vae-arch", "f4d4-tiny", "--vae-ckpt-path", vae, "--vae-latents-name", name, "--data-dir",
-        folder / "data", "--output-dir", folder / "data", "--num-workers", 0, "--overwrite")  # fmt: skip
+    run(
+        "cache_latents.py",
+        "--vae-arch",
+        "f4d4-tiny",
+        "--vae-ckpt-path",
+        vae,
+        "--vae-latents-name",
+        name,
+        "--data-dir",
+        folder / "data",
+        "--output-dir",
+        folder / "data",
+        "--num-workers",
+        0,
+        "--overwrite",
+    )
 
 
 def run_name(method: str, seed: int) -> str:
@@ -93,16 +170,32 @@ def train(folder: Path, method: str, steps: int, seed: int) -> str:
     aligned = ["--enc-type", f"timm:local-dir:{folder / 'encoder'}"]
     if method in ("REPA-E", "no stop-grad"):
         start = folder / "exps/vae"
-        run("train_repae.py", *flags, *aligned, *vae_loss_flags(1e-4), "--vae-ckpt", start / "vae.pt",
-            "--disc-pretrained-ckpt", start / "vae-discriminator-ckpt.pt",
-            *(["--no-stop-grad"] if method == "no stop-grad" else []))  # fmt: skip
+        run(
+            "train_repae.py",
+            *flags,
+            *aligned,
+            *vae_loss_flags(1e-4),
+            "--vae-ckpt",
+            start / "vae.pt",
+            "--disc-pretrained-ckpt",
+            start / "vae-discriminator-ckpt.pt",
+            *(["--no-stop-grad"] if method == "no stop-grad" else []),
+        )
         return name
     vae, latents = folder / "exps/vae/vae.pt", "vae"
     if method == "E2E-VAE":
         checkpoint = folder / f"exps/{run_name('REPA-E', seed)}/checkpoints/{steps:07d}.pt"
         latents = f"e2e-{seed}"
-        run("save_vae_weights.py", "--repae-ckpt", checkpoint, "--vae-name", latents, "--save-dir", folder / "exps",
-            "--overwrite")  # fmt: skip
+        run(
+            "save_vae_weights.py",
+            "--repae-ckpt",
+            checkpoint,
+            "--vae-name",
+            latents,
+            "--save-dir",
+            folder / "exps",
+            "--overwrite",
+        )
         vae = folder / f"exps/{latents}/{latents}.pt"
         cache(folder, vae, latents)
     alignment = ["--enc-type", "None", "--proj-coeff", 0] if method == "SiT" else aligned
@@ -118,24 +211,45 @@ def samples_of(folder: Path, name: str, steps: int) -> tuple[Tensor, Tensor]:
 
 def measure(folder: Path, name: str, steps: int, seed: int, network, real) -> dict[str, float]:
     """Distance and class accuracy of 1,000 samples without guidance, 100 of each class; the VAE's PSNR."""
-    run("generate.py", "--exp-path", folder / "exps" / name, "--sample-dir", folder / "samples",
-        "--num-fid-samples", SAMPLES, "--label-sampling", "equal", "--cfg-scale", 1, "--num-steps", 25,
-        "--pproc-batch-size", 250, "--global-seed", seed, "--overwrite")  # fmt: skip
+    run(
+        "generate.py",
+        "--exp-path",
+        folder / "exps" / name,
+        "--sample-dir",
+        folder / "samples",
+        "--num-fid-samples",
+        SAMPLES,
+        "--label-sampling",
+        "equal",
+        "--cfg-scale",
+        1,
+        "--num-steps",
+        25,
+        "--pproc-batch-size",
+        250,
+        "--global-seed",
+        seed,
+        "--overwrite",
+    )
     images, labels = samples_of(folder, name, steps)
     with torch.no_grad():
         reconstructions, _ = reconstruct(load_trained(folder / "exps" / name).vae, real)
     return {
-        "fd": judge.distance(network, images, real), "accuracy": judge.accuracy(network, images, labels),
+        "fd": judge.distance(network, images, real),
+        "accuracy": judge.accuracy(network, images, labels),
         "psnr": psnr(reconstructions / 255, real / 255).mean().item(),
-    }  # fmt: skip
+    }
 
 
 def table(results: dict[str, list[dict]], steps: int, held_out: float) -> str:
     seeds = len(results["SiT"])
-    rows = [f"{steps} steps, {SAMPLES} samples without guidance, {seeds} seed(s): mean (standard deviation)",
-            f"The judge recognises {held_out:.1%} of real digits that it never saw.", "",
-            f"| {'method':12} | {'FD':>16} | {'accuracy':>15} | {'VAE, dB':>12} | minutes | what |",
-            f"|{'---|' * 6}"]  # fmt: skip
+    rows = [
+        f"{steps} steps, {SAMPLES} samples without guidance, {seeds} seed(s): mean (standard deviation)",
+        f"The judge recognises {held_out:.1%} of real digits that it never saw.",
+        "",
+        f"| {'method':12} | {'FD':>16} | {'accuracy':>15} | {'VAE, dB':>12} | minutes | what |",
+        f"|{'---|' * 6}",
+    ]
     for method, runs in results.items():
         cells = []
         for key, form in (("fd", ".2f"), ("accuracy", ".1%"), ("psnr", ".2f")):

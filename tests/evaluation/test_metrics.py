@@ -260,9 +260,10 @@ def test_ssim_against_its_definition():
             var_u, var_v = (weights * (u - mean_u) ** 2).sum(), (weights * (v - mean_v) ** 2).sum()
             covariance = (weights * (u - mean_u) * (v - mean_v)).sum()
             values.append(
-                (2 * mean_u * mean_v + 1e-4) * (2 * covariance + 9e-4)
+                (2 * mean_u * mean_v + 1e-4)
+                * (2 * covariance + 9e-4)
                 / ((mean_u**2 + mean_v**2 + 1e-4) * (var_u + var_v + 9e-4))
-            )  # fmt: skip
+            )
         expected.append(np.mean(values))
     np.testing.assert_allclose(ssim(x, y), expected, rtol=1e-10)
     np.testing.assert_allclose(ssim(x, x), 1, rtol=1e-12)

@@ -62,10 +62,13 @@ def test_an_evaluation_does_not_count_as_training_time(place, tmp_path, monkeypa
 
 
 def test_what_is_missing_is_said_before_anything_is_written(place, tmp_path, capsys):
-    for flags, needed in (({}, "--eval-reference"), (dict(eval_reference=tmp_path / "no"), "--eval-reference"),
-                          (dict(eval_reference=place.data, eval_features="nonsense"), "--eval-features"),
-                          (dict(eval_reference=place.data, eval_samples=3), "--eval-samples: 3 was"),
-                          (dict(eval_reference=place.data, eval_steps=0), "it goes with --eval-steps")):  # fmt: skip
+    for flags, needed in (
+        ({}, "--eval-reference"),
+        (dict(eval_reference=tmp_path / "no"), "--eval-reference"),
+        (dict(eval_reference=place.data, eval_features="nonsense"), "--eval-features"),
+        (dict(eval_reference=place.data, eval_samples=3), "--eval-samples: 3 was"),
+        (dict(eval_reference=place.data, eval_steps=0), "it goes with --eval-steps"),
+    ):
         usual = dict(eval_features=place.encoder, eval_steps=2)
         with pytest.raises(SystemExit) as stopped:
             train_repae.main(small.repae_options(place, tmp_path, "run", **usual | flags))

@@ -151,8 +151,17 @@ def place(tmp_path_factory):
 
 
 def flags(place: Path, *arguments) -> list[str]:
-    fixed = ["--reconstruct", "--vae-ckpt", place / "before", place / "after", "--data-dir", place / "images.npz",
-             "--no-lpips", "--features", f"timm:local-dir:{place / 'encoder'}"]  # fmt: skip
+    fixed = [
+        "--reconstruct",
+        "--vae-ckpt",
+        place / "before",
+        place / "after",
+        "--data-dir",
+        place / "images.npz",
+        "--no-lpips",
+        "--features",
+        f"timm:local-dir:{place / 'encoder'}",
+    ]
     return [str(argument) for argument in (*fixed, *arguments)]
 
 

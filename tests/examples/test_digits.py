@@ -106,8 +106,10 @@ def test_the_judge_reads_digits_and_tells_sets_apart(real, trained_judge):
     same, halves, ones = (judge.distance(network, part, images) for part in (images, images[::2], images[labels == 1]))
     assert same == pytest.approx(0, abs=1e-6) and same < halves < ones / 5
     again, _ = judge.train_judge(*real, epochs=1)
-    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), judge.train_judge(*real, epochs=1)[0].parameters(),
-                                                 strict=True))  # fmt: skip
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(again.parameters(), judge.train_judge(*real, epochs=1)[0].parameters(), strict=True)
+    )
 
 
 def test_the_study_runs_commands_that_exist(tmp_path, monkeypatch):

@@ -124,9 +124,9 @@ def test_every_key_of_the_real_file_has_its_place(name):
         network = build(spec, resolution)
         converted = to_timm_state(spec, state, network, "memory")
         assert {key: t.shape for key, t in converted.items()} == {k: t.shape for k, t in network.state_dict().items()}
-        tokens = network.forward_features(
-            torch.empty(1, 3, *[resolution // 16 * spec.patch] * 2, device="meta")
-        )[:, spec.prefix_tokens :]  # fmt: skip
+        tokens = network.forward_features(torch.empty(1, 3, *[resolution // 16 * spec.patch] * 2, device="meta"))[
+            :, spec.prefix_tokens :
+        ]
         assert tokens.shape == (1, spec.grid(resolution) ** 2, spec.width)
     assert encoder_dims(name) == spec.width
 
@@ -237,8 +237,12 @@ def write_local_dir(folder: Path, num_classes: int, **changes) -> nn.Module:
     """A small ViT in timm's folder format, as examples/digits saves its own."""
     torch.manual_seed(0)
     network = timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=num_classes, **TINY).eval()
-    config = {"architecture": "vit_tiny_patch16_224", "num_classes": num_classes,
-              "pretrained_cfg": TIMM_CFG, "model_args": TINY}  # fmt: skip
+    config = {
+        "architecture": "vit_tiny_patch16_224",
+        "num_classes": num_classes,
+        "pretrained_cfg": TIMM_CFG,
+        "model_args": TINY,
+    }
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config | changes))
     safetensors.torch.save_file(network.state_dict(), folder / "model.safetensors")

@@ -123,15 +123,21 @@ def test_every_public_model_has_the_public_state_dict():
     for name, facts in manifests.items():
         with torch.device("meta"):
             sit = SiT_models[name.split()[0]](
-                input_size=facts["input_size"], in_channels=facts["in_channels"], num_classes=facts["num_classes"],
-                class_dropout_prob=facts["class_dropout_prob"], z_dims=facts["z_dims"],
-                encoder_depth=facts["encoder_depth"], qk_norm=facts["qk_norm"],
-            )  # fmt: skip
+                input_size=facts["input_size"],
+                in_channels=facts["in_channels"],
+                num_classes=facts["num_classes"],
+                class_dropout_prob=facts["class_dropout_prob"],
+                z_dims=facts["z_dims"],
+                encoder_depth=facts["encoder_depth"],
+                qk_norm=facts["qk_norm"],
+            )
         shapes = {key: list(tensor.shape) for key, tensor in sit.state_dict().items()}
         expected = dict(facts["state_dict"])
         if name.startswith("SiT-S"):  # the public S carries a last layer of width 768 and cannot run
-            expected = {key: [384 if n == 768 else n for n in shape] if key.startswith("final_layer") else shape
-                        for key, shape in expected.items()}  # fmt: skip
+            expected = {
+                key: [384 if n == 768 else n for n in shape] if key.startswith("final_layer") else shape
+                for key, shape in expected.items()
+            }
             expected["final_layer.adaLN_modulation.1.weight"] = [768, 384]
             expected["final_layer.adaLN_modulation.1.bias"] = [768]
         assert list(shapes) == list(expected) and shapes == expected, name
@@ -144,8 +150,20 @@ def test_position_table_is_the_public_one():
 
 
 def test_config_is_read_back_from_shapes():
-    config = dict(input_size=8, patch_size=2, in_channels=4, hidden_size=192, depth=6, num_heads=3, num_classes=10,
-                  class_dropout_prob=0.0, z_dims=[16, 24], projector_dim=32, qk_norm=True, mlp_ratio=4.0)  # fmt: skip
+    config = dict(
+        input_size=8,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=192,
+        depth=6,
+        num_heads=3,
+        num_classes=10,
+        class_dropout_prob=0.0,
+        z_dims=[16, 24],
+        projector_dim=32,
+        qk_norm=True,
+        mlp_ratio=4.0,
+    )
     state = SiT(encoder_depth=2, **config).state_dict()
     read = config_of_state_dict(state, num_classes=10)
     assert {key: read[key] for key in config} == config

@@ -30,8 +30,12 @@ def test_golden_run(sit, run):
         return sit(x_t, t, labels)[0]
 
     noise, labels = torch.from_numpy(ARRAYS["in.latents"]), torch.from_numpy(ARRAYS["in.y"])
-    settings = dict(num_steps=run["num_steps"], guidance_scale=run["cfg_scale"], null_label=1000,
-                    guidance_interval=(run["guidance_low"], run["guidance_high"]))  # fmt: skip
+    settings = dict(
+        num_steps=run["num_steps"],
+        guidance_scale=run["cfg_scale"],
+        null_label=1000,
+        guidance_interval=(run["guidance_low"], run["guidance_high"]),
+    )
     if run["kind"] == "sde":
         steps = torch.from_numpy(ARRAYS[f"{run['name']}.noise"])
         settings |= dict(path_type=run["path_type"], step_noise=lambda i: steps[i])
@@ -68,8 +72,14 @@ def test_order_of_convergence_on_a_gaussian(sampler, order):
 def test_sde_reaches_the_same_distribution():
     generator = torch.Generator().manual_seed(0)
     draw = lambda: torch.randn(20000, 1, 1, 1, generator=generator)  # noqa: E731
-    x = euler_maruyama(gaussian_velocity, draw(), torch.zeros(20000, dtype=torch.long), num_steps=200,
-                       path_type="linear", step_noise=lambda i: draw())  # fmt: skip
+    x = euler_maruyama(
+        gaussian_velocity,
+        draw(),
+        torch.zeros(20000, dtype=torch.long),
+        num_steps=200,
+        path_type="linear",
+        step_noise=lambda i: draw(),
+    )
     assert x.std().item() == pytest.approx(0.5, rel=0.03)
     assert abs(x.mean().item()) < 0.02
 

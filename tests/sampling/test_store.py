@@ -120,9 +120,11 @@ def test_the_same_job_goes_on(tmp_path):
 
 @pytest.mark.parametrize(
     ("job", "difference"),
-    [({"run": "r", "options": {"num_steps": 6, "seed": 0}}, "num_steps: 5, now 6"),
-     ({"run": "r", "options": {"num_steps": 5, "seed": 0}, "new": 1}, "new: None, now 1")],
-)  # fmt: skip
+    [
+        ({"run": "r", "options": {"num_steps": 6, "seed": 0}}, "num_steps: 5, now 6"),
+        ({"run": "r", "options": {"num_steps": 5, "seed": 0}, "new": 1}, "new: None, now 1"),
+    ],
+)
 def test_another_job_is_refused_or_on_request_replaces(tmp_path, job, difference):
     store = start(tmp_path)
     store.write(1, batch_of(store, 1))

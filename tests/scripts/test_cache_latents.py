@@ -46,10 +46,22 @@ def make_data(folder, count, size=32):
 
 def flags(place, name, *more, batch=8):
     return [
-        "--vae-arch", "f4d4-tiny", "--vae-ckpt-path", str(place / "vae.pt"), "--vae-latents-name", name,
-        "--data-dir", str(place / "data"), "--output-dir", str(place), "--pproc-batch-size", str(batch),
-        "--num-workers", "0", *more,
-    ]  # fmt: skip
+        "--vae-arch",
+        "f4d4-tiny",
+        "--vae-ckpt-path",
+        str(place / "vae.pt"),
+        "--vae-latents-name",
+        name,
+        "--data-dir",
+        str(place / "data"),
+        "--output-dir",
+        str(place),
+        "--pproc-batch-size",
+        str(batch),
+        "--num-workers",
+        "0",
+        *more,
+    ]
 
 
 def refused(capsys, arguments):

@@ -37,20 +37,34 @@ def commands(place, output, folder) -> dict[str, tuple[str, list[str]]]:
     (damaged / "5.png").write_bytes(b"no image")
     common = dict(loss_cfg_path=loss, max_train_steps=3, checkpointing_steps=3, **rates)
     return {
-        "train_repae": ("train_repae", small.repae_options(
-            place, output, "train_repae", vae_ckpt=bare, gradient_accumulation_steps=2, num_preview=2, **common)),
-        "train_ldm_only": ("train_ldm_only", small.ldm_options(
-            place, output, "train_ldm_only", max_train_steps=3, **online)),
+        "train_repae": (
+            "train_repae",
+            small.repae_options(
+                place, output, "train_repae", vae_ckpt=bare, gradient_accumulation_steps=2, num_preview=2, **common
+            ),
+        ),
+        "train_ldm_only": (
+            "train_ldm_only",
+            small.ldm_options(place, output, "train_ldm_only", max_train_steps=3, **online),
+        ),
         "train_vae": ("train_vae", small.vae_options(place, output, "train_vae", **common)),
         "odd batch": ("train_ldm_only", small.ldm_options(place, output, "refused", batch_size=9)),
         "no data": ("train_repae", small.repae_options(place, output, "refused", data_dir=folder / "none")),
-        "no reference": ("train_repae", small.repae_options(
-            place, output, "refused", **online | dict(eval_reference=folder / "none"))),
-        "other statistics": ("train_ldm_only", small.ldm_options(
-            place, output, "refused", **online | dict(eval_reference=stats))),
-        "damaged image": ("evaluate", small.argv(  # the last job: it ends the process group
-            samples=damaged, reference=place.data, features=place.encoder, batch_size=4, output=output / "e.json")),
-    }  # fmt: skip
+        "no reference": (
+            "train_repae",
+            small.repae_options(place, output, "refused", **online | dict(eval_reference=folder / "none")),
+        ),
+        "other statistics": (
+            "train_ldm_only",
+            small.ldm_options(place, output, "refused", **online | dict(eval_reference=stats)),
+        ),
+        "damaged image": (
+            "evaluate",
+            small.argv(  # the last job: it ends the process group
+                samples=damaged, reference=place.data, features=place.encoder, batch_size=4, output=output / "e.json"
+            ),
+        ),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +72,14 @@ def two(place, tmp_path_factory):
     """(output folder, what process 0 saw, what process 1 saw) of one start under torchrun."""
     folder = tmp_path_factory.mktemp("two")
     (folder / "jobs.json").write_text(json.dumps(commands(place, folder / "exps", folder)))
-    done = small.run_python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                            "tests/support/workers/distributed.py", folder)  # fmt: skip
+    done = small.run_python(
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "tests/support/workers/distributed.py",
+        folder,
+    )
     assert done.returncode == 0, done.stderr
     return folder / "exps", *(torch.load(folder / f"{rank}.pt") for rank in (0, 1))
 
@@ -151,9 +171,13 @@ def test_the_normaliser_sees_the_joined_batch(two):
 
 @pytest.mark.parametrize(
     ("job", "message"),
-    [("odd batch", "--batch-size: 9 images do not divide by 2 processes"), ("no data", "none is not a folder"),
-     ("no reference", "error: --eval-reference: "), ("other statistics", "was made in the space of inception")],
-)  # fmt: skip
+    [
+        ("odd batch", "--batch-size: 9 images do not divide by 2 processes"),
+        ("no data", "none is not a folder"),
+        ("no reference", "error: --eval-reference: "),
+        ("other statistics", "was made in the space of inception"),
+    ],
+)
 def test_refused_once_for_all(job, message, two):
     """Exit code 2 on both, one line on stderr from rank 0 alone, and nothing written."""
     output, first, second = two

@@ -24,8 +24,10 @@ from tests.support import small
 from utils.checkpoint import read_checkpoint
 from utils.errors import command
 
-MAIN = {module.__name__: module.main for module in (train_repae, train_ldm_only, train_vae, cache_latents,
-                                                     save_vae_weights, generate, preprocessing)}  # fmt: skip
+MAIN = {
+    module.__name__: module.main
+    for module in (train_repae, train_ldm_only, train_vae, cache_latents, save_vae_weights, generate, preprocessing)
+}
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +65,10 @@ def write_checkpoints(exps, good):
     """Each variant of a whole checkpoint lacks or has just one thing; `opt*` are kept only where they matter."""
     optimizers = ("opt", "opt_vae", "opt_disc")
     light = {key: {"state": {}} if key in optimizers else value for key, value in good.items()}
-    without = {key: {k: v for k, v in good[key].items() if k != lost} for key, lost in
-               (("model", "blocks.1.attn.qkv.bias"), ("vae", "quant_conv.bias"))}  # fmt: skip
+    without = {
+        key: {k: v for k, v in good[key].items() if k != lost}
+        for key, lost in (("model", "blocks.1.attn.qkv.bias"), ("vae", "quant_conv.bias"))
+    }
     moments = {k: v for k, v in good["opt"]["state"].items() if k != 3}
     variants = {
         "no-ema": {"model": {}, "steps": 1},
@@ -131,14 +135,30 @@ CASES = [
     ("train_repae", dict(enc_type="None"), "--enc-type", "train_ldm_only.py"),
     ("train_repae", dict(enc_type="timm:vit_none"), "--enc-type", "timm:vit_none"),
     ("train_repae", dict(enc_ckpt="{bad}/none.pt"), "--enc-ckpt: {bad}/none.pt"),
-    ("train_repae", dict(enc_type="dinov2-vit-b", data_dir="{bad}/data32", resolution=32),
-     "--enc-type: dinov2-vit-b has no weights here", "https://dl.fbaipublicfiles.com", "put it at", "--enc-ckpt"),
+    (
+        "train_repae",
+        dict(enc_type="dinov2-vit-b", data_dir="{bad}/data32", resolution=32),
+        "--enc-type: dinov2-vit-b has no weights here",
+        "https://dl.fbaipublicfiles.com",
+        "put it at",
+        "--enc-ckpt",
+    ),
     ("train_ldm_only", dict(enc_type="None"), "--enc-type None", "--proj-coeff 0"),
-    ("train_repae", dict(loss_cfg_path="{bad}/lpips.yaml"), "LPIPS needs VGG16", "https://download.pytorch.org",
-     "put it at", "--lpips-weights"),
+    (
+        "train_repae",
+        dict(loss_cfg_path="{bad}/lpips.yaml"),
+        "LPIPS needs VGG16",
+        "https://download.pytorch.org",
+        "put it at",
+        "--lpips-weights",
+    ),
     ("train_vae", dict(loss_cfg_path="{bad}/lpips.yaml"), "LPIPS needs VGG16", "--lpips-weights"),
-    ("train_vae", dict(loss_cfg_path="{bad}/lpips.yaml", lpips_weights="{bad}/other.pt"), "--lpips-weights",
-     "lacks 'features.0.weight'"),
+    (
+        "train_vae",
+        dict(loss_cfg_path="{bad}/lpips.yaml", lpips_weights="{bad}/other.pt"),
+        "--lpips-weights",
+        "lacks 'features.0.weight'",
+    ),
     ("train_repae", dict(loss_cfg_path="{bad}/none.yaml"), "--loss-cfg-path: {bad}/none.yaml cannot be read"),
     ("train_repae", dict(loss_cfg_path="{bad}/unknown_key.yaml"), "--loss-cfg-path", "'perceptual_wait'", "keys are"),
     # the run's folder, and resuming
@@ -171,12 +191,14 @@ CASES = [
     ("generate", dict(guidance_low=0.7, guidance_high=0.3), "--guidance-low: 0.7 was given", "--guidance-high"),
     ("generate", dict(guidance_high=1.2), "--guidance-high", "'1.2'", "[0, 1]"),
     ("generate", dict(guidance_low=-0.1), "--guidance-low", "[0, 1]"),
-]  # fmt: skip
+]
 
 
 def command_line(script: str, place, bad, options: dict) -> list[str]:
-    filled = {key: value.format(bad=bad, place=place.folder) if isinstance(value, str) else value
-              for key, value in options.items()}  # fmt: skip
+    filled = {
+        key: value.format(bad=bad, place=place.folder) if isinstance(value, str) else value
+        for key, value in options.items()
+    }
     exps = filled.pop("output_dir", bad / "exps")
     if script in small.OPTIONS:
         return small.OPTIONS[script](place, exps, filled.pop("exp_name", "new"), **filled)
@@ -220,9 +242,10 @@ def alone(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("script", "options", "needed"), [(script, options, needed) for script, options, *needed in CASES],
+    ("script", "options", "needed"),
+    [(script, options, needed) for script, options, *needed in CASES],
     ids=[f"{script}-{'-'.join(f'{k}={v}' for k, v in options.items())}" for script, options, *_ in CASES],
-)  # fmt: skip
+)
 def test_refused(script, options, needed, place, bad, alone, capsys):
     argv = command_line(script, place, bad, options)
     line = refused(script, argv, (place.folder, bad, alone), capsys)
@@ -250,8 +273,12 @@ def test_latents_of_another_data_set(place, bad, alone, capsys):
     other = small.write_data(alone / "other", count=24)
     for suffix in (".npy", ".json"):
         shutil.copy(place.data / f"{place.latents}{suffix}", other)
-    line = refused("train_ldm_only", small.ldm_options(place, bad / "exps", "new", data_dir=other),
-                   (place.folder, bad, alone), capsys)  # fmt: skip
+    line = refused(
+        "train_ldm_only",
+        small.ldm_options(place, bad / "exps", "new", data_dir=other),
+        (place.folder, bad, alone),
+        capsys,
+    )
     assert "--vae-latents-name" in line and "another data set" in line and "cache_latents.py" in line
 
 
@@ -283,10 +310,15 @@ def test_public_arguments_are_the_one_class_that_is_allowed(tmp_path):
 
 @pytest.mark.parametrize(
     ("error", "said"),
-    [(OSError(errno.ENOSPC, "No space left on device", "x.npy"), "stopped: x.npy: No space left on device"),
-     (PermissionError(errno.EACCES, "Permission denied", "x"), "stopped: x: Permission denied"),
-     (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "a smaller batch needs less (CUDA out of memory. Tried)")],
-)  # fmt: skip
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "x.npy"), "stopped: x.npy: No space left on device"),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), "stopped: x: Permission denied"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory.\nTried"),
+            "a smaller batch needs less (CUDA out of memory. Tried)",
+        ),
+    ],
+)
 def test_what_stops_a_job_on_its_way_is_one_line(error, said, capsys):
     def main(argv):
         raise error

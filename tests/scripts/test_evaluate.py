@@ -62,10 +62,15 @@ def test_evaluator_gives_the_metrics_of_all_samples(real, fake):
     precision, recall = precision_recall(pool_r, pool_f)
     precision_adm, recall_adm = precision_recall(pool_r, pool_f, half=True)
     expected = {
-        "fid": frechet_distance(*moments[0], *moments[1]), "sfid": frechet_distance(*moments[2], *moments[3]),
-        "inception_score": score[0], "inception_score_std": score[1], "precision": precision, "recall": recall,
-        "precision_adm": precision_adm, "recall_adm": recall_adm,
-    }  # fmt: skip
+        "fid": frechet_distance(*moments[0], *moments[1]),
+        "sfid": frechet_distance(*moments[2], *moments[3]),
+        "inception_score": score[0],
+        "inception_score_std": score[1],
+        "precision": precision,
+        "recall": recall,
+        "precision_adm": precision_adm,
+        "recall_adm": recall_adm,
+    }
     assert list(found) == list(expected)
     assert found == pytest.approx(expected, rel=1e-5)
     assert found["fid"] > 0.01 and 0 < found["recall"] < 1
@@ -225,8 +230,17 @@ def test_script_prints_and_writes_the_numbers(place, capsys):
 def test_statistics_saved_once_serve_as_reference(place, capsys):
     run("--reference", place / "real.npz", "--save-stats", place / "stats.npz", *space(place))
     for reference, output in (("real.npz", "direct.json"), ("stats.npz", "saved.json")):
-        run("--samples", place / "samples.npz", "--reference", place / reference, *space(place), "--output",
-            place / output, "--batch-size", 7)  # fmt: skip
+        run(
+            "--samples",
+            place / "samples.npz",
+            "--reference",
+            place / reference,
+            *space(place),
+            "--output",
+            place / output,
+            "--batch-size",
+            7,
+        )
     assert numbers(place / "saved.json") == pytest.approx(numbers(place / "direct.json"), rel=1e-9)
     with pytest.raises(SystemExit):
         run("--reference", place / "real.npz", "--save-stats", place / "stats.npz", *space(place))
@@ -255,8 +269,16 @@ def test_script_with_inception(place):
     weights = inception_file(place)
     for name, seed in (("few", 5), ("others", 6)):
         samples_file(place / f"{name}.npz", 6, 24, seed)
-    run("--samples", place / "few.npz", "--reference", place / "others.npz", "--inception-weights", weights,
-        "--batch-size", 3)  # fmt: skip
+    run(
+        "--samples",
+        place / "few.npz",
+        "--reference",
+        place / "others.npz",
+        "--inception-weights",
+        weights,
+        "--batch-size",
+        3,
+    )
     found = numbers(place / "few-vs-others-inception.json")
     network = load_features("inception", (24, 24), weights=weights)
     with exact_float32(CPU):

@@ -106,13 +106,27 @@ def elsewhere(exps, tmp_path_factory):
     reference, encoder = samples_file(folder / "reference.npz", 40, SIDE, 1), encoder_folder(folder / "vit", SIDE)
     measured = dict(evaluate=reference, features=encoder)
     commands = {
-        "two": ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "generate.py",
-                *flags(exps, folder / "two", mode="sde", **measured)),
+        "two": (
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            "generate.py",
+            *flags(exps, folder / "two", mode="sde", **measured),
+        ),
         "killed": ("tests/support/workers/killed_sampler.py", *flags(exps, folder / "killed", mode="sde")),
-    }  # fmt: skip
-    started = {name: subprocess.Popen([sys.executable, *map(str, words)], cwd=small.ROOT, text=True,
-                                      env=small.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-               for name, words in commands.items()}  # fmt: skip
+    }
+    started = {
+        name: subprocess.Popen(
+            [sys.executable, *map(str, words)],
+            cwd=small.ROOT,
+            text=True,
+            env=small.environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for name, words in commands.items()
+    }
     ended = {name: (*process.communicate(timeout=240), process.returncode) for name, process in started.items()}
     return SimpleNamespace(folder=folder, measured=measured, ended=ended)
 
@@ -255,8 +269,14 @@ def test_record(exps, whole):
 def test_evaluation_gives_what_evaluate_py_gives(exps, whole, elsewhere, tmp_path, monkeypatch, capsys):
     """Also by two processes, and also when some batches are read back from the partial file."""
     measured = elsewhere.measured
-    evaluate.main(small.argv(samples=whole.npz, reference=measured["evaluate"], features=measured["features"],
-                             output=tmp_path / "expected.json"))  # fmt: skip
+    evaluate.main(
+        small.argv(
+            samples=whole.npz,
+            reference=measured["evaluate"],
+            features=measured["features"],
+            output=tmp_path / "expected.json",
+        )
+    )
     expected = json.loads((tmp_path / "expected.json").read_text())
     capsys.readouterr()
 

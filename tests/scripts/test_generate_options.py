@@ -37,9 +37,14 @@ def exps(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("options", "nfe", "doubled"),
-    [(dict(), 3, 3), (dict(heun=True), 5, 5), (dict(mode="sde"), 3, 3), (dict(cfg_scale=1.0), 3, 0),
-     (dict(guidance_low=0.5, guidance_high=0.9), 3, 1)],
-)  # fmt: skip
+    [
+        (dict(), 3, 3),
+        (dict(heun=True), 5, 5),
+        (dict(mode="sde"), 3, 3),
+        (dict(cfg_scale=1.0), 3, 0),
+        (dict(guidance_low=0.5, guidance_high=0.9), 3, 1),
+    ],
+)
 def test_nfe_is_what_was_evaluated(exps, tmp_path, monkeypatch, options, nfe, doubled):
     calls = record_calls(monkeypatch)
     job = draw(exps, tmp_path, num_fid_samples=BATCH, **options)
@@ -62,10 +67,16 @@ def test_half_precision_is_near(exps, tmp_path, precision, apart):
 
 
 def test_precision_flags_set_tf32(exps, tmp_path):
-    for i, (options, allowed) in enumerate([
-        (dict(), True), (dict(tf32=False), False), (dict(precision="fp32"), False), (dict(precision="bf16"), True),
-        (dict(precision="tf32", tf32=False), True), (dict(precision="fp16", tf32=False), False),
-    ]):  # fmt: skip
+    for i, (options, allowed) in enumerate(
+        [
+            (dict(), True),
+            (dict(tf32=False), False),
+            (dict(precision="fp32"), False),
+            (dict(precision="bf16"), True),
+            (dict(precision="tf32", tf32=False), True),
+            (dict(precision="fp16", tf32=False), False),
+        ]
+    ):
         job = draw(exps, tmp_path / str(i), num_fid_samples=1, pproc_batch_size=1, num_steps=1, **options)
         assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == allowed
         assert job.record["tf32"] == allowed
@@ -88,9 +99,13 @@ def cell(sheet: np.ndarray, row: int, column: int) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("options", "frames"),
-    [(dict(num_steps=12), 9), (dict(num_steps=12, heun=True), 9), (dict(num_steps=3, mode="sde"), 4),
-     (dict(num_steps=1), 2)],
-)  # fmt: skip
+    [
+        (dict(num_steps=12), 9),
+        (dict(num_steps=12, heun=True), 9),
+        (dict(num_steps=3, mode="sde"), 4),
+        (dict(num_steps=1), 2),
+    ],
+)
 def test_trajectory_leads_from_the_noise_to_the_sample(exps, tmp_path, options, frames):
     job = draw(exps, tmp_path, num_fid_samples=10, trajectory=True, **options)
     sheet = np.asarray(Image.open(job.folder / f"{job.npz.stem}-trajectory.png"))
@@ -237,7 +252,7 @@ def test_previews_are_the_same_for_any_number_of_processes(exps, monkeypatch):
         ("repae", dict(features="dinov2-vit-l"), ["--features goes with --evaluate"]),
         ("repae", dict(inception_weights="x.pth"), ["--inception-weights goes with --evaluate"]),
     ],
-)  # fmt: skip
+)
 def test_refused(exps, bad, capsys, run, options, needed):
     options = {key: value.format(folder=bad) if isinstance(value, str) else value for key, value in options.items()}
     line = refused(flags(exps, bad / "new", run, **options), capsys, exps, bad)

@@ -67,9 +67,15 @@ def build_sit(arrays, meta, *, learn_pos_embed):
 
 def adamw(meta, parameters, key="learning_rate"):
     hyper = meta["hyperparameters"]
-    return Optimizer(list(parameters), lr=hyper.get(key, hyper["learning_rate"]), betas=tuple(hyper["betas"]),
-                     eps=hyper["eps"], weight_decay=hyper["weight_decay"], max_grad_norm=hyper["max_grad_norm"],
-                     scale_loss=False)  # fmt: skip
+    return Optimizer(
+        list(parameters),
+        lr=hyper.get(key, hyper["learning_rate"]),
+        betas=tuple(hyper["betas"]),
+        eps=hyper["eps"],
+        weight_decay=hyper["weight_decay"],
+        max_grad_norm=hyper["max_grad_norm"],
+        scale_loss=False,
+    )
 
 
 class GradientNorms:
@@ -153,21 +159,35 @@ def test_repae(name, lpips_file):
     targets = [key for key in arrays if key.startswith("in.zs.")]
     now = SimpleNamespace(step=0)
     nets = SimpleNamespace(
-        sit=sit, sit_ddp=sit, ema=ema, vae=trainable, vae_ddp=trainable, discriminator=discriminator.train(),
-        discriminator_ddp=discriminator, vae_loss=VAELoss(config, load_lpips(lpips_file)),
-        discriminator_loss=DiscriminatorLoss(config), latent_shape=arrays["in.noises"].shape[2:],
+        sit=sit,
+        sit_ddp=sit,
+        ema=ema,
+        vae=trainable,
+        vae_ddp=trainable,
+        discriminator=discriminator.train(),
+        discriminator_ddp=discriminator,
+        vae_loss=VAELoss(config, load_lpips(lpips_file)),
+        discriminator_loss=DiscriminatorLoss(config),
+        latent_shape=arrays["in.noises"].shape[2:],
         encoders=[lambda images, key=key: torch.from_numpy(arrays[key][now.step]) for key in targets],
-    )  # fmt: skip
+    )
     vae.train()
     optimizers = SimpleNamespace(
         opt=adamw(meta, sit.named_parameters()),
         opt_vae=adamw(meta, ldm_parameters(vae), "vae_learning_rate"),
         opt_disc=adamw(meta, discriminator.named_parameters(), "disc_learning_rate"),
     )
-    norms = {net: GradientNorms(getattr(optimizers, key))
-             for net, key in (("sit", "opt"), ("vae", "opt_vae"), ("discriminator", "opt_disc"))}  # fmt: skip
-    states = {"sit": sit.state_dict, "ema": ema.state_dict, "ema_fast": ema_fast.state_dict,
-              "vae": lambda: to_ldm(vae), "discriminator": discriminator.state_dict}  # fmt: skip
+    norms = {
+        net: GradientNorms(getattr(optimizers, key))
+        for net, key in (("sit", "opt"), ("vae", "opt_vae"), ("discriminator", "opt_disc"))
+    }
+    states = {
+        "sit": sit.state_dict,
+        "ema": ema.state_dict,
+        "ema_fast": ema_fast.state_dict,
+        "vae": lambda: to_ldm(vae),
+        "discriminator": discriminator.state_dict,
+    }
     before = {net: snapshot(state()) for net, state in states.items()}
     noising = Noising(meta["config"]["path"], meta["config"]["weighting"])
 
@@ -202,8 +222,15 @@ def test_repae(name, lpips_file):
     after = {net: snapshot(state()) for net, state in states.items()}
     rel, hyper = 1e-2 if lowlr else 3e-2, meta["hyperparameters"]
     check_deltas(meta, arrays, "sit", before["sit"], after["sit"], rel=rel, rate=hyper["learning_rate"])
-    check_deltas(meta, arrays, "vae", before["vae"], after["vae"], rel=rel,
-                 rate=hyper.get("vae_learning_rate", hyper["learning_rate"]))  # fmt: skip
+    check_deltas(
+        meta,
+        arrays,
+        "vae",
+        before["vae"],
+        after["vae"],
+        rel=rel,
+        rate=hyper.get("vae_learning_rate", hyper["learning_rate"]),
+    )
     check_deltas(meta, arrays, "discriminator", before["discriminator"], after["discriminator"], rel=rel)
     check_deltas(meta, arrays, "ema_fast", before["ema_fast"], after["ema_fast"], rel=rel)
     check_deltas(meta, arrays, "ema", before["ema"], after["ema"], rel=5e-2)
@@ -220,9 +247,12 @@ def test_ldm_only(name):
     targets = [key for key in arrays if key.startswith("in.zs.")]
     now = SimpleNamespace(step=0)
     nets = SimpleNamespace(
-        sit=sit, sit_ddp=sit, ema=ema, latent_shape=arrays["in.noises"].shape[2:],
+        sit=sit,
+        sit_ddp=sit,
+        ema=ema,
+        latent_shape=arrays["in.noises"].shape[2:],
         encoders=[lambda images, key=key: torch.from_numpy(arrays[key][now.step]) for key in targets],
-    )  # fmt: skip
+    )
     optimizer = adamw(meta, sit.named_parameters())
     norms = GradientNorms(optimizer)
     states = {"sit": sit.state_dict, "ema": ema.state_dict, "ema_fast": ema_fast.state_dict}

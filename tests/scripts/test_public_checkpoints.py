@@ -63,8 +63,14 @@ def runs(place, tmp_path_factory):
 
 def test_a_public_repae_run_goes_on(runs, place, tmp_path):
     """As the same run of ours would have, bit for bit."""
-    arguments = small.repae_options(place, tmp_path, "run", loss_cfg_path=runs / "loss.yaml", resume_step=2,
-                                    continue_train_exp_dir=runs / "public-repae")  # fmt: skip
+    arguments = small.repae_options(
+        place,
+        tmp_path,
+        "run",
+        loss_cfg_path=runs / "loss.yaml",
+        resume_step=2,
+        continue_train_exp_dir=runs / "public-repae",
+    )
     train_repae.main(arguments)
     actual, expected = small.checkpoint(tmp_path, "run", 4), small.checkpoint(runs, "repae", 4)
     assert actual.pop("args") and expected.pop("args")
@@ -75,8 +81,9 @@ def test_a_public_ldm_only_run_goes_on(runs, place, tmp_path):
     """Index 0 of its optimiser, the fixed position table, has no state."""
     public = torch.load(runs / "public-ldm" / "checkpoints" / "0000002.pt", weights_only=False)
     assert isinstance(public["args"], Namespace) and 0 not in public["opt"]["state"] and 1 in public["opt"]["state"]
-    train_ldm_only.main(small.ldm_options(place, tmp_path, "run", resume_step=2,
-                                          continue_train_exp_dir=runs / "public-ldm"))  # fmt: skip
+    train_ldm_only.main(
+        small.ldm_options(place, tmp_path, "run", resume_step=2, continue_train_exp_dir=runs / "public-ldm")
+    )
     actual, expected = small.checkpoint(tmp_path, "run", 4), small.checkpoint(runs, "ldm", 4)
     assert actual.pop("args") and expected.pop("args")
     assert_same(actual, expected)
@@ -86,8 +93,16 @@ def test_a_public_ldm_only_run_goes_on(runs, place, tmp_path):
 def test_samples_of_a_public_checkpoint_are_those_of_ours(kind, runs, tmp_path):
     archives = []
     for name in (kind, f"public-{kind}"):
-        generate.main(small.argv(exp_path=runs / name, train_steps="2", sample_dir=tmp_path / name, num_fid_samples=3,
-                                 pproc_batch_size=2, num_steps=2))  # fmt: skip
+        generate.main(
+            small.argv(
+                exp_path=runs / name,
+                train_steps="2",
+                sample_dir=tmp_path / name,
+                num_fid_samples=3,
+                pproc_batch_size=2,
+                num_steps=2,
+            )
+        )
         (archive,) = (tmp_path / name).glob("*.npz")
         archives.append(archive.read_bytes())
     assert archives[0] == archives[1]
@@ -109,8 +124,9 @@ def test_the_vae_of_a_public_checkpoint(runs, tmp_path):
 
 def stepped(parameters, rate: float = 1e-4) -> Optimizer:
     """An optimiser after a step; on the meta device, where full-size networks cost nothing."""
-    optimizer = Optimizer(list(parameters), lr=rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, max_grad_norm=1.0,
-                          scale_loss=False)  # fmt: skip
+    optimizer = Optimizer(
+        list(parameters), lr=rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, max_grad_norm=1.0, scale_loss=False
+    )
     for parameter in optimizer.parameters:
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
@@ -187,14 +203,16 @@ def test_the_arguments_hold_every_public_field(runs):
 def test_moments_follow_their_names(tmp_path):
     """A checkpoint whose parameters are listed in another order gives each parameter its own moments."""
     parameters = [(name, torch.nn.Parameter(torch.ones(3))) for name in "abc"]
-    optimizer = Optimizer(parameters, lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, max_grad_norm=9.0,
-                          scale_loss=False)  # fmt: skip
+    optimizer = Optimizer(
+        parameters, lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, max_grad_norm=9.0, scale_loss=False
+    )
     optimizer.backward(sum(weight * p.sum() for weight, (_, p) in enumerate(parameters, start=1)))
     optimizer.step()
     write_checkpoint(tmp_path / "1.pt", {"opt": optimizer.state_dict()})
     saved = torch.load(tmp_path / "1.pt")["opt"]
-    turned = Optimizer(parameters[::-1], lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, max_grad_norm=9.0,
-                       scale_loss=False)  # fmt: skip
+    turned = Optimizer(
+        parameters[::-1], lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, max_grad_norm=9.0, scale_loss=False
+    )
     turned.load_state_dict(saved, optimizer.names, "1.pt: opt")
     moments = [turned.state_dict()["state"][index]["exp_avg"][0].item() for index in range(3)]
     assert moments == pytest.approx([0.3, 0.2, 0.1])

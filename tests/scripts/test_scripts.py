@@ -137,19 +137,30 @@ def processes(place, tmp_path_factory):
     repae = small.repae_options(place, exps, "repae", num_workers=1, num_preview=2, deterministic=True, **short)
     launch = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes=1", "--num_machines=1")
     first = {
-        "preprocessing": ["preprocessing.py", *small.argv(imagenet_path=folder / "images", output_path=folder / "data",
-                                                          resolution=24, num_workers=2)],
+        "preprocessing": [
+            "preprocessing.py",
+            *small.argv(imagenet_path=folder / "images", output_path=folder / "data", resolution=24, num_workers=2),
+        ],
         "train_repae": ["train_repae.py", *repae],
         "train_vae": ["train_vae.py", *small.vae_options(place, exps, "vae", **short)],
         "train_ldm_only": [*launch, "train_ldm_only.py", *small.ldm_options(place, exps, "ldm", **short)],
         "refused": ["train_repae.py", *small.repae_options(place, exps, "refused", data_dir=folder / "none")],
-    }  # fmt: skip
+    }
     checkpoint = exps / "repae" / "checkpoints" / "0000002.pt"
     then = {
         "save_vae_weights": ["save_vae_weights.py", *small.argv(repae_ckpt=checkpoint, vae_name="e2e", save_dir=exps)],
-        "evaluate": ["evaluate.py", *small.argv(reconstruct=True, features="none", vae_ckpt=place.vae, lpips=False,
-                                                data_dir=place.data, output=folder / "reconstruction.json")],
-    }  # fmt: skip
+        "evaluate": [
+            "evaluate.py",
+            *small.argv(
+                reconstruct=True,
+                features="none",
+                vae_ckpt=place.vae,
+                lpips=False,
+                data_dir=place.data,
+                output=folder / "reconstruction.json",
+            ),
+        ],
+    }
     done = {}
     with ThreadPoolExecutor(2) as pool:
         for stage in (first, then):
@@ -162,9 +173,15 @@ def test_every_script_runs(processes):
     for name, process in done.items():
         assert process.returncode == (2 if name == "refused" else 0), (name, process.stderr)
         assert "Traceback" not in process.stderr, (name, process.stderr)
-    expected = ["data/images.npy", "exps/repae/samples/0000002-samples.png", "exps/vae/vae.pt",
-                "exps/ldm/checkpoints/0000002.pt", "exps/e2e/e2e.pt", "exps/e2e/diffusers/config.json",
-                "reconstruction.json"]  # fmt: skip
+    expected = [
+        "data/images.npy",
+        "exps/repae/samples/0000002-samples.png",
+        "exps/vae/vae.pt",
+        "exps/ldm/checkpoints/0000002.pt",
+        "exps/e2e/e2e.pt",
+        "exps/e2e/diffusers/config.json",
+        "reconstruction.json",
+    ]
     assert [name for name in expected if not (folder / name).is_file()] == []
 
 

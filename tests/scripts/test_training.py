@@ -145,8 +145,11 @@ def test_overwrite_replaces_the_run_and_nothing_else(whole, place, tmp_path):
 def test_previews_do_not_touch_training(script, whole, place, tmp_path):
     train(script, place, tmp_path, "run", num_preview=4, sampling_steps=2, gradient_accumulation_steps=1)
     assert_same_training(tmp_path, "run", whole(script, gradient_accumulation_steps=1))
-    kinds = {"train_repae": ("samples", "reconstructions"), "train_ldm_only": ("samples",),
-             "train_vae": ("reconstructions",)}[script]  # fmt: skip
+    kinds = {
+        "train_repae": ("samples", "reconstructions"),
+        "train_ldm_only": ("samples",),
+        "train_vae": ("reconstructions",),
+    }[script]
     pictures = sorted((tmp_path / "run" / "samples").iterdir())
     assert [path.name for path in pictures] == sorted(f"{step:07d}-{kind}.png" for step in (2, 4) for kind in kinds)
     for path in pictures:  # one row of 8 cells, 4 of them filled
@@ -216,8 +219,11 @@ def test_each_network_has_its_own_optimiser_settings(place, tmp_path):
     for key, rate in zip(("opt", "opt_vae", "opt_disc"), rates.values(), strict=True):
         group = saved[key]["param_groups"][0]
         assert (group["lr"], tuple(group["betas"]), group["eps"], group["weight_decay"]) == (
-            rate, (0.8, 0.95), 1e-7, 0.01
-        )  # fmt: skip
+            rate,
+            (0.8, 0.95),
+            1e-7,
+            0.01,
+        )
     assert json.loads((tmp_path / "run" / "args.json").read_text())["vae_learning_rate"] == 3e-5
 
 
@@ -252,8 +258,9 @@ def test_without_stop_grad_the_diffusion_loss_reaches_the_vae(whole, place, tmp_
 
 def test_clipping_and_the_norm_that_is_reported():
     parameter = torch.nn.Parameter(torch.zeros(4))
-    optimizer = Optimizer([("p", parameter)], lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
-                          max_grad_norm=1.0, scale_loss=False)  # fmt: skip
+    optimizer = Optimizer(
+        [("p", parameter)], lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, max_grad_norm=1.0, scale_loss=False
+    )
     optimizer.backward((torch.tensor([3.0, 0.0, 4.0, 0.0]) * parameter).sum())
     assert optimizer.step() == 5 and parameter.grad is None
     moment = optimizer.state_dict()["state"][0]["exp_avg"]  # a tenth of the clipped gradient

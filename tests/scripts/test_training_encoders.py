@@ -37,8 +37,18 @@ def two_blocks(monkeypatch):
 
 
 def check_run(script, options, place, tmp_path, enc_type):
-    script.main(options(place, tmp_path, "run", resolution=RESOLUTION, model="SiT-T/4", batch_size=2, max_train_steps=2,
-                        enc_type=enc_type))  # fmt: skip
+    script.main(
+        options(
+            place,
+            tmp_path,
+            "run",
+            resolution=RESOLUTION,
+            model="SiT-T/4",
+            batch_size=2,
+            max_train_steps=2,
+            enc_type=enc_type,
+        )
+    )
     rows = small.metrics(tmp_path, "run")
     assert [row["step"] for row in rows] == [1, 2]
     assert all(-1 <= row["proj_loss"] <= 1 and row["proj_loss"] != 0 for row in rows)
@@ -63,8 +73,11 @@ def test_every_encoder(enc_type, two_blocks, place, tmp_path):
 def test_the_seam_is_out_of_reach_of_the_command_line(place, tmp_path, capsys):
     """Without weights a public encoder is an error, never a random network."""
     with pytest.raises(SystemExit) as stopped:
-        train_repae.main(small.repae_options(place, tmp_path, "run", resolution=RESOLUTION, model="SiT-T/4",
-                                             batch_size=2, enc_type="mocov3-vit-l"))  # fmt: skip
+        train_repae.main(
+            small.repae_options(
+                place, tmp_path, "run", resolution=RESOLUTION, model="SiT-T/4", batch_size=2, enc_type="mocov3-vit-l"
+            )
+        )
     assert stopped.value.code == 2 and not (tmp_path / "run").exists()
     error = capsys.readouterr().err.strip()
     assert "\n" not in error and "mocov3_vitl.pth" in error

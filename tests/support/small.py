@@ -90,9 +90,18 @@ def argv(**options) -> list[str]:
 
 def training(place: SimpleNamespace, **options) -> dict:
     return dict(
-        data_dir=place.data, resolution=RESOLUTION, num_workers=0, batch_size=8, mixed_precision="no",
-        report_to="none", log_steps=1, num_preview=0, max_train_steps=4, checkpointing_steps=2, **options,
-    )  # fmt: skip
+        data_dir=place.data,
+        resolution=RESOLUTION,
+        num_workers=0,
+        batch_size=8,
+        mixed_precision="no",
+        report_to="none",
+        log_steps=1,
+        num_preview=0,
+        max_train_steps=4,
+        checkpointing_steps=2,
+        **options,
+    )
 
 
 SIT = dict(model="SiT-T/2", encoder_depth=2)
@@ -100,15 +109,30 @@ SIT = dict(model="SiT-T/2", encoder_depth=2)
 
 def repae_options(place: SimpleNamespace, output: Path, name: str, **options) -> list[str]:
     """The command line of a small run of train_repae.py; options replace the usual ones."""
-    usual = training(place, num_classes=CLASSES, vae="f4d4-tiny", vae_ckpt=place.vae, enc_type=place.encoder,
-                     disc_pretrained_ckpt=place.discriminator, loss_cfg_path=place.loss, **SIT)  # fmt: skip
+    usual = training(
+        place,
+        num_classes=CLASSES,
+        vae="f4d4-tiny",
+        vae_ckpt=place.vae,
+        enc_type=place.encoder,
+        disc_pretrained_ckpt=place.discriminator,
+        loss_cfg_path=place.loss,
+        **SIT,
+    )
     return argv(**usual | dict(output_dir=output, exp_name=name) | options)
 
 
 def ldm_options(place: SimpleNamespace, output: Path, name: str, **options) -> list[str]:
     """The command line of a small run of train_ldm_only.py."""
-    usual = training(place, num_classes=CLASSES, vae="f4d4-tiny", vae_ckpt=place.vae, enc_type=place.encoder,
-                     vae_latents_name=place.latents, **SIT)  # fmt: skip
+    usual = training(
+        place,
+        num_classes=CLASSES,
+        vae="f4d4-tiny",
+        vae_ckpt=place.vae,
+        enc_type=place.encoder,
+        vae_latents_name=place.latents,
+        **SIT,
+    )
     return argv(**usual | dict(output_dir=output, exp_name=name) | options)
 
 
@@ -120,8 +144,15 @@ def vae_options(place: SimpleNamespace, output: Path, name: str, **options) -> l
 
 def cache_options(place: SimpleNamespace, name: str, **options) -> list[str]:
     """The command line of cache_latents.py, which writes into the data folder."""
-    usual = dict(vae_arch="f4d4-tiny", vae_ckpt_path=place.vae, vae_latents_name=name, data_dir=place.data,
-                 output_dir=place.data, pproc_batch_size=8, num_workers=0)  # fmt: skip
+    usual = dict(
+        vae_arch="f4d4-tiny",
+        vae_ckpt_path=place.vae,
+        vae_latents_name=name,
+        data_dir=place.data,
+        output_dir=place.data,
+        pproc_batch_size=8,
+        num_workers=0,
+    )
     return argv(**usual | options)
 
 
@@ -154,5 +185,12 @@ def environment(**more: str) -> dict[str, str]:
 
 def run_python(*words, **options) -> subprocess.CompletedProcess:
     """`python ...` from the repository's root, on one thread; its output is text."""
-    return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=environment(), capture_output=True,
-                          text=True, timeout=240, **options)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        **options,
+    )

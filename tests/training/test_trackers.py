@@ -57,8 +57,17 @@ def open_one(tmp_path):
 
 def test_without_a_key_it_runs_offline_and_says_where(wandb, place, tmp_path, monkeypatch):
     monkeypatch.setattr("wandb.login", lambda prompt: prompt)
-    options = dict(report_to="wandb", num_preview=1, sampling_steps=4, enc_type="None", proj_coeff=0,
-                   eval_steps=4, eval_samples=8, eval_reference=place.data, eval_features=place.encoder)  # fmt: skip
+    options = dict(
+        report_to="wandb",
+        num_preview=1,
+        sampling_steps=4,
+        enc_type="None",
+        proj_coeff=0,
+        eval_steps=4,
+        eval_samples=8,
+        eval_reference=place.data,
+        eval_features=place.encoder,
+    )
     train_ldm_only.main(small.ldm_options(place, tmp_path, "run", **options))
     (tracker,) = wandb.made
     assert tracker.options == {"name": "run", "dir": str(tmp_path / "run" / "logs"), "mode": "offline"}

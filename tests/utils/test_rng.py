@@ -19,8 +19,12 @@ def test_slices_of_processes_make_up_the_global_draw():
 
 def test_purpose_step_micro_step_and_seed_all_matter():
     base = draws().normal("noise", 4)
-    others = [draws().normal("posterior", 4), draws(step=4).normal("noise", 4), draws(micro=1).normal("noise", 4),
-              draws(seed=1).normal("noise", 4)]  # fmt: skip
+    others = [
+        draws().normal("posterior", 4),
+        draws(step=4).normal("noise", 4),
+        draws(micro=1).normal("noise", 4),
+        draws(seed=1).normal("noise", 4),
+    ]
     assert all(not torch.equal(base, other) for other in others)
     assert torch.equal(base, draws().normal("noise", 4))
 

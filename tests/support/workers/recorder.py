@@ -50,8 +50,13 @@ def recording() -> Iterator[dict[str, list]]:
         save(self, done, contents)
 
     with contextlib.ExitStack() as stack:
-        patches = ((Draws, "normal", note(normal)), (Draws, "uniform", note(uniform)), (Run, "batches", noted_batches),
-                   (Optimizer, "step", noted_step), (Run, "save", noted_save))  # fmt: skip
+        patches = (
+            (Draws, "normal", note(normal)),
+            (Draws, "uniform", note(uniform)),
+            (Run, "batches", noted_batches),
+            (Optimizer, "step", noted_step),
+            (Run, "save", noted_save),
+        )
         for owner, name, replacement in patches:
             stack.enter_context(mock.patch.object(owner, name, replacement))
         yield record
