@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dataset.data import ImageData
-from dataset.latents import LatentCache
+from dataset.latent_cache import LatentCache
 from models.vae import downsampling, encode_moments, latent_statistics, load_vae, to_mean_std, vae_config
 from models.vae_files import vae_sha256
 from utils.distributed import main_first, start_processes

@@ -21,7 +21,8 @@ from pathlib import Path
 
 import torch
 
-from dataset.image_sources import Source, Subset, open_images, require_size, spread
+from dataset.data import evenly_spaced
+from dataset.image_sources import Source, Subset, open_images, require_size
 from evaluation.evaluator import NOTHING, compare, extract, require_neighbours
 from evaluation.features import load_features
 from evaluation.reconstruction import check_size, comparison_picture, measure_reconstruction
@@ -163,7 +164,7 @@ def evaluate_reconstruction(args: argparse.Namespace, device: torch.device) -> N
         with about("--data-dir"):
             source = open_images(args.data_dir)
         if args.max_images:
-            source = Subset(source, spread(len(source), args.max_images))
+            source = Subset(source, evenly_spaced(len(source), args.max_images))
         vaes = load_vaes(args, source)
         network = load_network(args, source.size)
         lpips = load_lpips(args.lpips_weights) if args.lpips else None
@@ -190,7 +191,7 @@ def evaluate_reconstruction(args: argparse.Namespace, device: torch.device) -> N
         }
         report(results, about_run, output, start)
         if args.num_picture:
-            shown = Subset(source, spread(len(source), args.num_picture))
+            shown = Subset(source, evenly_spaced(len(source), args.num_picture))
             save_png(comparison_picture(shown.read(0, len(shown)).to(device), vaes), output.with_suffix(".png"))
             print(f"originals, reconstructions, differences and latents are in {output.with_suffix('.png')}")
 

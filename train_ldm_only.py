@@ -33,10 +33,11 @@ from sampling.generation import SamplerConfig, preview
 from training.ema import update_ema
 from training.optimizer import Optimizer, adamw_settings, checkpoint_entries, restore
 from training.run import Run
-from utils.checkpoint import load_strictly, read_checkpoint
+from utils.checkpoint import read_checkpoint
 from utils.distributed import main_first
 from utils.errors import InputError, command
 from utils.images import image_grid
+from utils.modules import load_strictly
 
 PREVIEW_GUIDANCE = 4.0
 CHECKPOINT_ENTRIES = ("model", "ema", "opt", "steps")

@@ -46,12 +46,12 @@ from sampling.generation import SamplerConfig, preview, reconstruction_pairs
 from training.ema import update_ema
 from training.optimizer import Optimizer, adamw_settings, checkpoint_entries, restore
 from training.run import Run
-from utils.checkpoint import load_strictly, read_checkpoint
+from utils.checkpoint import read_checkpoint
 from utils.distributed import main_first
 from utils.errors import InputError, command
 from utils.files import atomic_write
 from utils.images import image_grid, to_signed
-from utils.modules import frozen
+from utils.modules import frozen, load_strictly
 
 PREVIEW_GUIDANCE = 4.0
 CHECKPOINT_ENTRIES = ("model", "ema", "vae", "discriminator", "opt", "opt_vae", "opt_disc", "steps")

@@ -32,11 +32,11 @@ from models.vae_keys import ldm_parameters, to_ldm
 from sampling.generation import reconstruction_pairs
 from training.optimizer import Optimizer, adamw_settings, checkpoint_entries, restore
 from training.run import Run
-from utils.checkpoint import load_strictly, read_checkpoint
+from utils.checkpoint import read_checkpoint
 from utils.distributed import main_first
 from utils.errors import InputError, command
 from utils.images import image_grid, to_signed
-from utils.modules import frozen
+from utils.modules import frozen, load_strictly
 
 CHECKPOINT_ENTRIES = ("vae", "discriminator", "opt_vae", "opt_disc", "steps")
 

@@ -1,4 +1,4 @@
-"""The data folder, cached latents, and the order in which training sees them.
+"""What training reads: the data folder of preprocessing.py, and the latents that cache_latents.py made of it.
 
 A data set here answers `len(data)` and `data.__getitems__(indices)`, which reads one batch as tensors.
 """
@@ -7,12 +7,11 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from utils.errors import InputError
 
@@ -164,86 +163,9 @@ class LatentsAndLabels:
 
 
 def evenly_spaced(count: int, at_most: int) -> list[int]:
-    """Up to `at_most` indices spread evenly over a data set of `count` images, whose order is by class."""
+    """Up to `at_most` ascending indices spread evenly over `count` images, whose order is by class."""
     chosen = min(count, at_most)
     return [i * count // chosen for i in range(chosen)]
-
-
-def batches_per_epoch(count: int, batch_size: int) -> int:
-    """Global batches in a pass over `count` images; the incomplete last one is left out."""
-    return count // batch_size
-
-
-def batches(
-    data,
-    *,
-    batch_size: int,
-    seed: int,
-    rank: int = 0,
-    world_size: int = 1,
-    start: int = 0,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-) -> Iterator:
-    """This process's share of the training batches, without end.
-
-    Global batch k is a slice of the permutation seeded by (seed, epoch), whatever the number of processes, and each
-    process gets its contiguous part of it: the parts of all ranks, one after the other, are the global batch.
-
-    Args:
-        data: ImageData, LatentData or LatentsAndLabels.
-        batch_size: of the global batch.
-        seed: >= 0.
-        start: the first k, counted over all epochs; costs nothing, however large.
-        num_workers: loader processes; 0 reads in this one. The batches are the same.
-        pin_memory: put batches into page-locked memory (CUDA).
-    Returns:
-        iterator over what `data.__getitems__` returns for batch_size / world_size indices. torch's global random
-        state is neither used nor moved.
-    Raises:
-        InputError: fewer images than one batch, or a batch size that the processes do not divide.
-    """
-    if batch_size % world_size:
-        raise InputError(
-            f"--batch-size: {batch_size} was given; a multiple of {world_size} (the number of processes) is needed"
-        )
-    if len(data) < batch_size:
-        raise InputError(
-            f"--batch-size: {batch_size} was given; the data set has {len(data)} images, less than one batch"
-        )
-    loader = DataLoader(
-        data,
-        batch_sampler=_Shares(len(data), batch_size, seed, rank, world_size, start),
-        collate_fn=_identity,
-        num_workers=num_workers,
-        prefetch_factor=4 if num_workers else None,
-        pin_memory=pin_memory,
-        generator=torch.Generator(),  # else the loader draws a seed for its workers from the training's generator
-    )
-    return iter(loader)
-
-
-class _Shares:
-    """Index lists of one process: its part of global batch `start`, `start + 1`, ..."""
-
-    def __init__(self, count: int, batch_size: int, seed: int, rank: int, world_size: int, start: int) -> None:
-        self.count, self.batch_size, self.seed, self.start = count, batch_size, seed, start
-        share = batch_size // world_size
-        self.share = slice(rank * share, (rank + 1) * share)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        epoch, batch = divmod(self.start, batches_per_epoch(self.count, self.batch_size))
-        while True:
-            # Philox by name: numpy may change what default_rng means.
-            generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, epoch])))
-            order = generator.permutation(self.count)
-            for first in range(batch * self.batch_size, self.count - self.batch_size + 1, self.batch_size):
-                yield order[first : first + self.batch_size][self.share].tolist()
-            epoch, batch = epoch + 1, 0
-
-
-def _identity(batch):
-    return batch  # __getitems__ has collated already; a lambda would not reach spawned workers
 
 
 def _take(array: np.ndarray, indices: Sequence[int]) -> np.ndarray:

@@ -5,7 +5,7 @@ the file; the flag is the caller's to say (`utils.errors.about`).
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 
 from dataset.data import ImageData
+from dataset.preprocess import SUFFIXES
 from utils.errors import InputError, renamed
 from utils.images import to_rgb
 from utils.npz import CompressedArray, open_npz, release
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 AHEAD = 4  # batches read in advance
 
 
@@ -119,8 +119,8 @@ def require_size(source: "Source", size: tuple[int, int], whose: str) -> None:
 class Subset:
     """Some images of a source, by their numbers."""
 
-    def __init__(self, source: "Source", indices: torch.Tensor):
-        self.source, self.indices = source, indices.tolist()
+    def __init__(self, source: "Source", indices: Sequence[int]):
+        self.source, self.indices = source, indices
         self.name, self.size, self.threads = source.name, source.size, source.threads
 
     def __len__(self) -> int:
@@ -132,11 +132,6 @@ class Subset:
 
 
 Source = ImageArray | ImageFolder | Subset
-
-
-def spread(count: int, wanted: int) -> torch.Tensor:
-    """At most `wanted` of the numbers 0 .. count - 1, evenly spread, ascending."""
-    return torch.arange(min(count, wanted)) * count // min(count, wanted)
 
 
 def _by(size: tuple[int, int]) -> str:

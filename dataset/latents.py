@@ -1,20 +1,13 @@
-"""Latents between the VAE and SiT: normalisation, statistics, and the cache that cache_latents.py fills.
+"""Latents between the VAE and SiT: normalisation, the posterior's sample, statistics.
 
 `mean_std` is mean and standard deviation of the VAE's posterior, stacked on channels: (B, 2C, h, w).
 """
 
-import json
-import os
-from pathlib import Path
-
-import numpy as np
 import torch
-from numpy.lib.format import open_memmap
 from torch import Tensor
 
-from utils.distributed import all_sum, rank, world_size
+from utils.distributed import all_sum
 from utils.errors import InputError
-from utils.files import require_disk, sync, write_at, write_json
 
 
 def normalize(z: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -62,133 +55,3 @@ class LatentStatistics:
         if not (torch.isfinite(std).all() and (std > 0).all()):
             raise InputError("the VAE's latents are constant or not finite on this data set; is it a trained VAE?")
         return (1.0 / std).float().reshape(1, -1, 1, 1), mean.float().reshape(1, -1, 1, 1)
-
-
-class LatentCache:
-    """A cache of latents while it is being written: `<path>.npy` and `<path>.json` appear when it is whole.
-
-    Until then the rows lie in `<path>.npy.tmp-cache`, with one byte for each finished row in `<path>.done.tmp-cache`,
-    so that a killed job goes on where it stopped, with any number of processes and any batch size. Every process writes
-    its own rows into the same files (not through a memory map: on a network file system two machines that write
-    different bytes of one page would undo each other).
-
-    Args:
-        path: final name without suffix.
-        description: the future `<path>.json` (dataset.data.LatentData lists the keys).
-    """
-
-    # What makes two caches the same; the rest may differ, such as where the VAE's file lies.
-    IDENTITY = ("vae_sha256", "dataset_fingerprint", "count", "shape", "dtype", "resolution")
-
-    def __init__(self, path: str | os.PathLike, description: dict):
-        self.description = description
-        self.array_path, self.json_path = Path(f"{path}.npy"), Path(f"{path}.json")
-        self.part_array, self.part_done, self.part_json = (
-            Path(f"{path}.{kind}.tmp-cache") for kind in ("npy", "done", "json")
-        )
-        self._rows = self._done = None
-        self._done_offset = 0
-        self._unflushed: list[tuple[int, int]] = []  # first row and number
-
-    def start(self, *, overwrite: bool = False) -> bool:
-        """Check what is there and make the temporary files; on one process, before the others `open`.
-
-        Returns:
-            False when the finished cache is there already, of the same VAE and data set.
-
-        Raises:
-            InputError: another cache has this name, finished or not; or the disk is too small.
-        """
-        if self.array_path.exists() and not overwrite:
-            if self._describes_this(self.json_path):
-                self._discard_part()
-                return False
-            raise InputError(
-                f"--vae-latents-name: {self.array_path} exists already, of another VAE, data set or dtype; take "
-                "another name, or --overwrite"
-            )
-        if self.part_json.exists() and self.part_array.exists() and self.part_done.exists():
-            if self._describes_this(self.part_json):
-                self._require_disk(already=self.part_array.stat().st_blocks * 512)
-                return True
-            if not overwrite:
-                raise InputError(
-                    f"--vae-latents-name: {self.part_array} is an unfinished cache of another VAE, data set or dtype; "
-                    "take another name, or --overwrite"
-                )
-        self._require_disk(already=0)
-        try:
-            self.array_path.parent.mkdir(parents=True, exist_ok=True)
-            self._discard_part()
-            self.part_array.touch()
-        except OSError as error:
-            raise InputError(f"--output-dir: {self.array_path.parent} cannot be written ({error.strerror})") from None
-        shape, dtype = tuple(self.description["shape"]), self.description["dtype"]
-        open_memmap(self.part_array, "w+", dtype=dtype, shape=shape)
-        open_memmap(self.part_done, "w+", dtype=np.uint8, shape=shape[:1])
-        write_json(self.part_json, self.description)
-        return True
-
-    def open(self) -> None:
-        """Open the files that `start` made; on every process, and by all before any of them writes."""
-        self._rows = open_memmap(self.part_array, "r")
-        done = open_memmap(self.part_done, "r")
-        self._done, self._done_offset = done.astype(bool), done.offset
-
-    def missing_blocks(self, block_size: int) -> list[range]:
-        """Aligned blocks of rows that were not all finished when the cache was opened."""
-        count = len(self._done)
-        blocks = [range(first, min(first + block_size, count)) for first in range(0, count, block_size)]
-        return [block for block in blocks if not self._done[block.start : block.stop].all()]
-
-    def write(self, first: int, mean_std: Tensor) -> None:
-        """Put rows (B, 2C, h, w) from `first` on; they count as finished from the next `flush` on.
-
-        Raises:
-            InputError: a value is not finite in the cache's dtype.
-        """
-        rows = mean_std.to(getattr(torch, self.description["dtype"])).numpy()
-        if not np.isfinite(rows).all():
-            last, dtype = first + len(rows) - 1, self.description["dtype"]
-            raise InputError(f"the VAE's latents of images {first} to {last} are not finite in {dtype}")
-        write_at(self.part_array, self._rows.offset + first * rows[0].nbytes, np.ascontiguousarray(rows).data)
-        self._unflushed.append((first, len(rows)))
-
-    def flush(self) -> None:
-        """Mark the rows written so far, which are on the disk, as finished."""
-        for first, count in self._unflushed:
-            write_at(self.part_done, first + self._done_offset, b"\1" * count)
-        self._unflushed.clear()
-
-    def statistics(self, max_rows: int = 50_000) -> tuple[Tensor, Tensor]:
-        """Scale and bias of the whole cache, of at most `max_rows` evenly spread rows; on all processes together."""
-        statistics = LatentStatistics(self._rows.shape[1] // 2)
-        count = min(len(self._rows), max_rows)
-        chosen = np.arange(count) * len(self._rows) // count
-        for first in range(rank() * 256, count, world_size() * 256):
-            statistics.add(torch.from_numpy(self._rows[chosen[first : first + 256]]))
-        return statistics.scale_and_bias()
-
-    def finish(self, **extra: object) -> None:
-        """Give the whole cache its names, with `extra` entries in the JSON; on one process, after all have flushed."""
-        assert open_memmap(self.part_done, "r").all(), "rows are missing"
-        self.array_path.unlink(missing_ok=True)  # an old array must never lie beside the new description
-        write_json(self.json_path, self.description | extra)
-        self.part_array.replace(self.array_path)
-        sync(self.array_path.parent)
-        self._discard_part()
-
-    def _describes_this(self, path: Path) -> bool:
-        try:
-            found = json.loads(path.read_text())
-        except (OSError, ValueError):
-            return False
-        return isinstance(found, dict) and all(found.get(key) == self.description[key] for key in self.IDENTITY)
-
-    def _discard_part(self) -> None:
-        for path in (self.part_json, self.part_done, self.part_array):
-            path.unlink(missing_ok=True)
-
-    def _require_disk(self, already: int) -> None:
-        size = int(np.prod(self.description["shape"], dtype=np.int64)) * np.dtype(self.description["dtype"]).itemsize
-        require_disk(self.array_path, max(size - already, 0), f"--output-dir: the latents '{self.array_path.stem}'")

@@ -13,8 +13,8 @@ import torch
 from filelock import FileLock
 from torch import nn
 
-from utils.checkpoint import read_torch_file
 from utils.errors import InputError
+from utils.torch_files import read_torch_file
 
 logger = logging.getLogger(__name__)
 

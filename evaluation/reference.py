@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dataset.image_sources import Source, open_images, require_size, spread
+from dataset.data import evenly_spaced
+from dataset.image_sources import Source, open_images, require_size
 from evaluation.evaluator import FeatureSet, extract, require_neighbours
 from evaluation.features import probe, same_network
 from utils.distributed import main_first, rank
@@ -72,7 +73,7 @@ def read_reference(
                 f"{len(source)} images"
             )
         # A folder may hold a whole training set: it gives precision and recall 10,000 images, evenly spread.
-        keep = None if path.is_file() else spread(len(source), NEIGHBOUR_IMAGES)
+        keep = None if path.is_file() else torch.tensor(evenly_spaced(len(source), NEIGHBOUR_IMAGES))
         return extract(source, network, device, batch_size=batch_size, keep=keep, description="reference")
     images = None
     if source is not None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from utils.checkpoint import read_torch_file
 from utils.errors import InputError, about
+from utils.torch_files import read_torch_file
 
 VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"  # torchvision, IMAGENET1K_V1, 528 MB
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from utils.checkpoint import load_strictly, read_torch_file
 from utils.errors import InputError, about
+from utils.modules import load_strictly
+from utils.torch_files import read_torch_file
 
 SMALLEST_IMAGE = 24  # side of the images that still give one logit
 

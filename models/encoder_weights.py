@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from models.encoder_table import EncoderSpec
-from utils.checkpoint import read_torch_file
 from utils.errors import InputError
 from utils.files import atomic_write, require_disk, sha256
+from utils.torch_files import read_torch_file
 
 logger = logging.getLogger(__name__)
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from dataset.latents import LatentStatistics
 from models.vae_keys import diffusers_shape, infer_config, key_pairs
-from utils.checkpoint import read_torch_file
 from utils.errors import InputError, about
 from utils.images import to_signed
+from utils.torch_files import read_torch_file
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from models.sit import SIT_SIZES, SiT, config_of_state_dict
 from models.vae import downsampling, latent_statistics, load_vae, vae_models
 from models.vae_files import vae_of_checkpoint
-from utils.checkpoint import checkpoint_path, latest_step, load_strictly, read_checkpoint
+from utils.checkpoint import checkpoint_path, latest_step, read_checkpoint
 from utils.errors import InputError
+from utils.modules import load_strictly
 
 
 def load_trained(

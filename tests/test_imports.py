@@ -1,6 +1,7 @@
 """The house in order: imports run one way, `--help` is instant, files stay short."""
 
 import ast
+import graphlib
 import inspect
 import json
 import subprocess
@@ -39,16 +40,21 @@ def files(*folders: str) -> list[Path]:
     return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
-def imported(path: Path) -> set[str]:
-    """Top-level names of our own that a file imports, anywhere in it."""
+def imported_modules(path: Path) -> set[str]:
+    """Dotted names that a file imports, anywhere in it."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            names.add(node.module)
-    return {name.split(".")[0] for name in names} & OWN
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of our own that a file imports."""
+    return {name.split(".")[0] for name in imported_modules(path)} & OWN
 
 
 @pytest.mark.parametrize("room", MAY_IMPORT)
@@ -57,6 +63,20 @@ def test_imports_run_one_way(room):
     assert paths
     for path in paths:
         assert imported(path) <= MAY_IMPORT[room], path
+
+
+def test_no_circle_of_files():
+    """Within a room too: read in some order, every file stands on files that came before it."""
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in files(*ROOMS)}
+    needs = {name: imported_modules(path) & modules.keys() for name, path in modules.items()}
+    assert sum(map(len, needs.values())) > 100
+    list(graphlib.TopologicalSorter(needs).static_order())  # raises CycleError
+
+
+def test_every_file_says_its_subject_first():
+    for path in [*ROOT.glob("*.py"), *files(*ROOMS)]:
+        first = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0]
+        assert len(first) > 10, path
 
 
 def test_nobody_imports_a_script():

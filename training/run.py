@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from dataset.data import batches, batches_per_epoch
+from dataset.order import batches, batches_per_epoch
 from training.trackers import open_trackers
 from utils.checkpoint import checkpoint_path, latest_step, write_checkpoint
 from utils.distributed import from_main, main_first, start_processes

@@ -1,9 +1,11 @@
-"""Small tools for torch modules."""
+"""What is done to any torch module: freezing it for a while, loading it strictly."""
 
 import contextlib
 from collections.abc import Iterator
 
 from torch import nn
+
+from utils.errors import InputError
 
 
 @contextlib.contextmanager
@@ -20,3 +22,19 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
     finally:
         for parameter, required in before:
             parameter.requires_grad_(required)
+
+
+def load_strictly(module: nn.Module, state: dict, what: str) -> None:
+    """`load_state_dict` whose errors are one line that names the first key that does not fit."""
+    own = module.state_dict()
+    problems = [f"lacks {key}" for key in own if key not in state]
+    problems += [f"holds the unknown key {key}" for key in state if key not in own]
+    problems += [
+        f"has {key} of shape {tuple(state[key].shape)}; {tuple(own[key].shape)} is needed"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise InputError(f"{what} {problems[0]}{more}")
+    module.load_state_dict(state)

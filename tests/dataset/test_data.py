@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from dataset.data import ImageData, LatentData, LatentsAndLabels, batches, batches_per_epoch
+from dataset.data import ImageData, LatentData, LatentsAndLabels
+from dataset.order import batches, batches_per_epoch
 from utils import files
 from utils.errors import InputError
 

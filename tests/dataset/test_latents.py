@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from dataset.data import LatentData
-from dataset.latents import LatentCache, LatentStatistics, denormalize, normalize, sample_mean_std
+from dataset.latent_cache import LatentCache
+from dataset.latents import LatentStatistics, denormalize, normalize, sample_mean_std
 from tests.support.golden_data import close, load
 from utils.errors import InputError
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset.image_sources import Subset, open_images, read_batches, spread
+from dataset.data import evenly_spaced
+from dataset.image_sources import Subset, open_images, read_batches
 from evaluation.features import DINOv2ClassToken, dinov2_positions, exact_float32, load_features
 from models import encoders
 from models.encoder_table import ENCODERS
@@ -47,13 +48,13 @@ def test_every_source_reads_the_same_images(tmp_path):
         order = indices.argsort()
         assert torch.equal(indices[order], torch.arange(120))
         assert torch.equal(images[order], as_images(real)), name
-        some = Subset(source, spread(120, 7))
+        some = Subset(source, evenly_spaced(120, 7))
         assert torch.equal(some.read(2, 5), as_images(real)[[34, 51, 68]])
 
 
-def test_spread_takes_evenly_and_at_most_all():
-    assert spread(10, 4).tolist() == [0, 2, 5, 7]
-    assert spread(3, 10).tolist() == [0, 1, 2]
+def test_evenly_spaced_indices_are_at_most_all():
+    assert evenly_spaced(10, 4) == [0, 2, 5, 7]
+    assert evenly_spaced(3, 10) == [0, 1, 2]
 
 
 # Feature spaces

@@ -95,7 +95,7 @@ def test_numbers_do_not_depend_on_the_batch_size(vae, source):
 
 
 def test_few_images_are_warned_about(vae, source, caplog):
-    few = Subset(source, torch.arange(3))
+    few = Subset(source, range(3))
     measure_reconstruction(vae, few, CPU, network=Pool(), originals=extract(few, Pool(), CPU))
     assert "reconstructions: 3 images for 3 dimensions: the covariance is singular" in caplog.text
 
