@@ -1,9 +1,10 @@
 """A trained run, ours or public, as what sampling needs: SiT, the decoder, the latent statistics."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
+import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
@@ -15,20 +16,48 @@ from utils.errors import InputError
 from utils.modules import load_strictly
 
 
+@dataclass
+class TrainedRun:
+    """What sampling needs of a run's checkpoint; networks in evaluation mode, on the CPU until `to`.
+
+    Attributes:
+        name, step: of the run, and of its checkpoint; `checkpoint` is the file.
+        args: what it was trained with.
+        sit: the EMA, or the raw weights.
+        vae: `vae_path` is its file, or None where the checkpoint holds it.
+        latent_stats: scale and bias (1, C, 1, 1), which undo the normaliser that SiT was trained under.
+    """
+
+    name: str
+    step: int
+    checkpoint: Path
+    args: dict
+    sit: SiT
+    vae: AutoencoderKL
+    vae_path: Path | None
+    latent_stats: tuple[Tensor, Tensor]
+
+    @property
+    def resolution(self) -> int:
+        """Side of the images, in pixels."""
+        return self.sit.grid * self.sit.patch_size * downsampling(self.vae)
+
+    def to(self, device: torch.device) -> None:
+        self.sit.to(device)
+        self.vae.to(device)
+        self.latent_stats = tuple(values.to(device) for values in self.latent_stats)
+
+
 def load_trained(
     exp_path: str | Path, train_steps: str | None = None, vae_ckpt: str | Path | None = None, *, ema: bool = True
-) -> SimpleNamespace:
-    """SiT, VAE and latent statistics of a run's checkpoint, on the CPU, in evaluation mode. No encoder is loaded.
+) -> TrainedRun:
+    """SiT, VAE and latent statistics of a run's checkpoint, ours or public. No encoder is loaded.
 
     Args:
         exp_path: the run's folder (`--exp-path`).
         train_steps: which checkpoint (`--train-steps`); the latest when None.
         vae_ckpt: a VAE instead of the checkpoint's own or the one its args name (`--vae-ckpt`).
         ema: SiT's moving average, else its raw weights.
-
-    Returns:
-        `sit`, `vae`, `latent_stats` (scale, bias), `resolution` of the images, `checkpoint` (path), `vae_path` (None
-        where the checkpoint holds the VAE), `step`, `name` of the run, `args` that it was trained with.
 
     Raises:
         InputError: no such run or checkpoint, or one whose parts do not fit each other.
@@ -37,6 +66,7 @@ def load_trained(
     checkpoint = read_checkpoint(path)
     args = _stored_args(Path(exp_path)) | checkpoint["args"]
     sit = _load_sit(checkpoint["ema" if ema else "model"], args, path)
+
     vae_path = _find_vae(checkpoint, args, path, vae_ckpt)
     if vae_path is None:
         vae = vae_of_checkpoint(checkpoint, path)
@@ -44,20 +74,17 @@ def load_trained(
         trained_with = args.get("vae") if args.get("vae") in vae_models else "auto"
         vae = load_vae("auto" if vae_ckpt else trained_with, vae_path)
     if vae.config.latent_channels != sit.in_channels:
-        raise InputError(
-            f"--vae-ckpt: the VAE has {vae.config.latent_channels} latent channels; "
-            f"the SiT of {path} needs {sit.in_channels}"
-        )
-    return SimpleNamespace(
+        needed = f"the SiT of {path} needs {sit.in_channels}"
+        raise InputError(f"--vae-ckpt: the VAE has {vae.config.latent_channels} latent channels; {needed}")
+    return TrainedRun(
+        name=Path(exp_path).resolve().name,
+        step=int(path.stem),
+        checkpoint=path,
+        args=args,
         sit=sit,
         vae=vae.requires_grad_(False),
-        latent_stats=_latent_stats(checkpoint, vae, vae_path),
-        resolution=sit.grid * sit.patch_size * downsampling(vae),
-        checkpoint=path,
         vae_path=vae_path,
-        step=int(path.stem),
-        name=Path(exp_path).resolve().name,
-        args=args,
+        latent_stats=_latent_stats(checkpoint, vae, vae_path),
     )
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 import evaluate
 import generate
-from sampling import generation
+from sampling import generation, labels
 from sampling.store import SampleStore
 from tests.support import small
 from tests.support.evaluation_data import encoder_folder, samples_file
@@ -28,6 +28,7 @@ from tests.support.sampling import (
     refused,
     write_runs,
 )
+from utils.files import sha256
 from utils.rng import sample_labels
 
 
@@ -59,7 +60,7 @@ def draws(monkeypatch):
         return noted
 
     monkeypatch.setattr(generation, "sample_normal", note("normal", generation.sample_normal))
-    monkeypatch.setattr(generate, "sample_labels", note("label", generate.sample_labels))
+    monkeypatch.setattr(labels, "sample_labels", note("label", labels.sample_labels))
     return seen
 
 
@@ -233,7 +234,7 @@ def test_the_network_sees_the_labels_that_the_file_tells(exps, tmp_path):
 
 def scheme(count: int = COUNT, **options) -> np.ndarray:
     args = generate.generate_parser().parse_args(small.argv(exp_path="x", num_fid_samples=count, **options))
-    return generate.label_scheme(args, CLASSES)(range(count)).numpy()
+    return labels.label_scheme(args, CLASSES)(range(count)).numpy()
 
 
 def test_label_schemes():
@@ -255,7 +256,7 @@ def test_record(exps, whole):
     record = whole.record
     assert record["run"] == "repae" and record["step"] == 7
     assert record["checkpoint"] == str(exps / "repae" / "checkpoints" / "0000007.pt")
-    assert record["sha256"]["checkpoint"] == generate.sha256(record["checkpoint"])
+    assert record["sha256"]["checkpoint"] == sha256(record["checkpoint"])
     parsed = vars(generate.generate_parser().parse_args(flags(exps, whole.folder, mode="sde")))
     assert record["options"] == json.loads(json.dumps(parsed))
     assert record["labels"] == "random" and record["sampler"]["mode"] == "sde" and record["nfe"] == 3

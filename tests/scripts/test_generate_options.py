@@ -25,6 +25,7 @@ from tests.support.sampling import (
     write_runs,
 )
 from utils.errors import InputError
+from utils.files import sha256
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +175,7 @@ def test_ldm_only_takes_the_statistics_stored_with_its_vae(exps, tmp_path):
     torch.testing.assert_close(scale, torch.full((1, 4, 1, 1), 0.5))
     torch.testing.assert_close(bias, torch.full((1, 4, 1, 1), 0.3))
     job = draw(exps, tmp_path / "s", "ldm", vae_ckpt=bare)
-    assert job.record["sha256"]["vae"] == generate.sha256(bare) and job.npz.stem.endswith("vae-bare")
+    assert job.record["sha256"]["vae"] == sha256(bare) and job.npz.stem.endswith("vae-bare")
     joint = draw(exps, tmp_path / "b")
     assert np.array_equal(job.images, joint.images)  # the same networks and statistics
 

@@ -1,0 +1,223 @@
+"""A sampling job: what is drawn of which trained run, what its images depend on, and what its result is called."""
+
+import argparse
+import hashlib
+import json
+import platform
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from configs.arguments import generate_parser
+from models.vae_files import vae_sha256
+from sampling.generation import AUTOCAST, SamplerConfig, draw_images, trajectory
+from sampling.labels import LabelScheme, label_scheme
+from sampling.trained import TrainedRun
+from utils.errors import InputError
+from utils.files import sha256
+
+# Options that the images do not depend on: an interrupted job may be taken up with others. (--train-steps and --tf32
+# count through what they come to.)
+FREE = {
+    "exp_path",
+    "train_steps",
+    "sample_dir",
+    "overwrite",
+    "save_png",
+    "grid",
+    "trajectory",
+    "evaluate",
+    "features",
+    "inception_weights",
+    "enc_ckpt",
+    "tf32",
+}
+
+
+@dataclass(frozen=True)
+class SamplingJob:
+    """What generate.py was asked for.
+
+    Attributes:
+        args: its options.
+        model: the run that is sampled.
+        sampler: how a sample is drawn.
+        labels: the label of every sample.
+    """
+
+    args: argparse.Namespace
+    model: TrainedRun
+    sampler: SamplerConfig
+    labels: LabelScheme
+
+    def draw(self, indices: range) -> np.ndarray:
+        """Images uint8 (B, H, W, 3) of these sample numbers.
+
+        Raises:
+            InputError: a sample is not finite.
+        """
+        try:
+            images = draw_images(*self._drawn(indices))
+        except FloatingPointError:
+            fp16 = self.sampler.precision == "fp16"
+            reason = "they left fp16's range: --precision bf16" if fp16 else "look at its training"
+            raise InputError(
+                f"--exp-path: {self.model.checkpoint} gives samples that are not finite ({reason})"
+            ) from None
+        return images.permute(0, 2, 3, 1).cpu().numpy()
+
+    def trajectory(self, indices: range, shown: int) -> Tensor:
+        """The first samples of a batch on their way from noise, uint8 (shown, frames, 3, H, W)."""
+        return trajectory(*self._drawn(indices), shown=shown)
+
+    def _drawn(self, indices: range) -> tuple:
+        model = self.model
+        labels = self.labels(indices).to(model.sit.pos_embed.device)
+        return model.sit, model.vae, model.latent_stats, indices, labels, self.labels.seed, self.sampler
+
+    def description(self, device: torch.device) -> dict:
+        """All that the images depend on, as JSON values: an interrupted job and the one that takes it up share it."""
+        args, model = self.args, self.model
+        options = {key: value for key, value in vars(args).items() if key not in FREE}
+        options |= {"precision": precision_name(args), "path_type": model.args.get("path_type", args.path_type)}
+
+        checksums = {"checkpoint": sha256(model.checkpoint)}
+        if model.vae_path is not None:
+            checksums["vae"] = vae_sha256(model.vae_path, model.vae)
+        if args.label_file is not None:
+            checksums["label_file"] = sha256(args.label_file)
+        statistics = b"".join(values.numpy().tobytes() for values in model.latent_stats)
+        checksums["latent_statistics"] = hashlib.sha256(statistics).hexdigest()
+
+        description = {
+            "run": model.name,
+            "step": model.step,
+            "options": options,
+            "sha256": checksums,
+            "device": device.type,
+            "tf32": torch.backends.cuda.matmul.allow_tf32,
+            "versions": {"torch": torch.__version__, **_versions("numpy", "diffusers", "timm")},
+        }
+        return json.loads(json.dumps(description))
+
+    def record(self, processes) -> dict:
+        """What the result's `.json` says beyond the description; `processes` is `start_processes`' accelerator."""
+        model, device = self.model, processes.device
+        python = {"python": platform.python_version(), "torch": torch.__version__}
+        return {
+            "checkpoint": str(model.checkpoint),
+            "vae": str(model.vae_path or "in the checkpoint"),
+            "options": vars(self.args),
+            "sampler": asdict(self.sampler),
+            "nfe": self.sampler.nfe(),
+            "labels": self.labels.name,
+            "resolution": model.resolution,
+            "processes": processes.num_processes,
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
+            "versions": python | _versions("numpy", "diffusers", "timm", "accelerate"),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+
+
+def sampling_job(args: argparse.Namespace, model: TrainedRun) -> SamplingJob:
+    """The job that the options of generate.py ask for.
+
+    Raises:
+        InputError: options that this model cannot serve.
+    """
+    if args.cfg_scale > 1 and model.sit.null_label is None:
+        raise InputError(
+            f"--cfg-scale: {args.cfg_scale} was given; 1 is needed by this model, which was trained "
+            "without label dropping (--cfg-prob 0) and has no null label"
+        )
+    path_type = model.args.get("path_type", args.path_type)
+    if args.mode == "sde" and path_type != args.path_type:  # along the ODE the velocity alone counts
+        raise InputError(f"--path-type: {args.path_type} was given; this model was trained with {path_type}")
+    sampler = SamplerConfig(
+        mode=args.mode,
+        heun=args.heun,
+        num_steps=args.num_steps,
+        path_type=path_type,
+        guidance_scale=args.cfg_scale,
+        guidance_interval=(args.guidance_low, args.guidance_high),
+        precision=precision_name(args),
+    )
+    return SamplingJob(args, model, sampler, label_scheme(args, model.sit.num_classes))
+
+
+def check_sampling_flags(args: argparse.Namespace) -> None:
+    """Refuse what cannot be meant, whatever the model."""
+    if args.guidance_low >= args.guidance_high:
+        raise InputError(
+            f"--guidance-low: {args.guidance_low} was given; less than --guidance-high ({args.guidance_high}) is needed"
+        )
+    if args.mode == "sde" and args.heun:
+        raise InputError("--heun goes with --mode ode, not with --mode sde")
+    if args.mode == "sde" and args.num_steps < 2:
+        raise InputError(f"--num-steps: {args.num_steps} was given; --mode sde needs at least 2")
+    chosen = [f"--{name.replace('_', '-')}" for name in ("num_classes", "classes", "label_file") if getattr(args, name)]
+    if len(chosen) > 1:
+        raise InputError(f"{chosen[0]} and {chosen[1]} were both given; one is needed")
+    if args.label_file and args.label_sampling == "equal":
+        raise InputError("--label-sampling equal does not go with --label-file, which names the label of each sample")
+
+
+def set_sampling_numerics(args: argparse.Namespace) -> None:
+    """Equal shapes give equal bits; and --precision, or --tf32, for float32 code on CUDA."""
+    allowed = args.tf32 if args.precision in (None, *AUTOCAST) else args.precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+
+
+def precision_name(args: argparse.Namespace) -> str:
+    return args.precision or ("tf32" if args.tf32 else "fp32")
+
+
+# What the result is called
+
+
+def output_name(args: argparse.Namespace, model: TrainedRun) -> str:
+    """`<run>_<step>_cfg<scale>-<low>-<high>`, with a suffix for every other option that is not the default.
+
+    Of the options on which the bytes depend, --pproc-batch-size alone is left out: it moves a level in ten thousand.
+    """
+    parts = [f"{model.name}_{model.step:07d}_cfg{args.cfg_scale}-{args.guidance_low}-{args.guidance_high}"]
+    default = generate_parser().get_default
+    changed = {name: value for name, value in vars(args).items() if value != default(name)}
+    if "mode" in changed or args.heun:
+        parts.append("heun" if args.heun else args.mode)
+    for name, form in _SUFFIXES.items():
+        if name in changed:
+            parts.append(form.format(changed[name]))
+    if precision_name(args) != "tf32":
+        parts.append(precision_name(args))
+    if args.compile:
+        parts.append("compile")
+    if args.classes is not None:
+        parts.append(f"only{args.classes.replace(',', '-')}" if len(args.classes) < 40 else "only-some-classes")
+    if args.label_file is not None:
+        parts.append(f"labels-{Path(args.label_file).stem}")
+    if args.vae_ckpt is not None:
+        parts.append(f"vae-{Path(args.vae_ckpt).stem}")
+    if not args.ema:
+        parts.append("no-ema")
+    return "_".join(parts).replace(" ", "")
+
+
+_SUFFIXES = {
+    "num_steps": "steps{}",
+    "global_seed": "seed{}",
+    "num_fid_samples": "n{}",
+    "label_sampling": "{}",
+    "num_classes": "classes{}",
+}
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    return {name: version(name) for name in packages}
