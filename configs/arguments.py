@@ -1,72 +1,25 @@
-"""The command-line flags of all scripts, declared once as argparse groups.
+"""The command-line flags of all scripts, declared once: first the groups that scripts share, then a parser for each.
 
 Names and defaults are those of the public release; flags of our own say so in README's tables. Nothing here imports
 torch, so `--help` and a mistyped flag answer at once.
 """
 
-import argparse
-import os
-import sys
+from configs.parsing import (
+    ArgumentParser,
+    grid_shape,
+    guidance_float,
+    natural_float,
+    natural_int,
+    on_off,
+    positive_float,
+    positive_int,
+    unit_float,
+)
 
 SIT_NAMES = [f"SiT-{size}/{patch}" for size in ("T", "S", "B", "L", "XL") for patch in (1, 2, 4, 8)]
 VAE_NAMES = ["f8d4", "f16d32", "f4d4-tiny"]
 
-
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse whose errors are one line (argparse itself prints the whole usage first)."""
-
-    def __init__(self, **kwargs):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
-
-    def error(self, message):
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"{self.prog}: error: {message}", file=sys.stderr)
-        sys.exit(2)
-
-
-def positive_int(text: str) -> int:
-    return _bounded(int, text, lambda x: x >= 1, "a whole number >= 1")
-
-
-def natural_int(text: str) -> int:
-    return _bounded(int, text, lambda x: x >= 0, "a whole number >= 0")
-
-
-def positive_float(text: str) -> float:
-    return _bounded(float, text, lambda x: 0 < x < float("inf"), "a number > 0")
-
-
-def natural_float(text: str) -> float:
-    return _bounded(float, text, lambda x: 0 <= x < float("inf"), "a number >= 0")
-
-
-def unit_float(text: str) -> float:
-    return _bounded(float, text, lambda x: 0 <= x <= 1, "a number in [0, 1]")
-
-
-def guidance_float(text: str) -> float:
-    return _bounded(float, text, lambda x: 1 <= x < float("inf"), "a number >= 1 (1 switches guidance off)")
-
-
-def grid_shape(text: str) -> tuple[int, int]:
-    rows, _, columns = text.partition("x")
-    if not (rows.isdigit() and columns.isdigit() and int(rows) and int(columns)):
-        raise argparse.ArgumentTypeError(f"{text!r} was given, rows x columns such as 8x8 are needed")
-    return int(rows), int(columns)
-
-
-def _bounded(kind, text, holds, needed):
-    try:
-        value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not holds(value):
-        raise argparse.ArgumentTypeError(f"{text!r} was given, {needed} is needed")
-    return value
-
-
-def on_off(group, flag: str, default: bool, help: str) -> None:
-    group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=help)
+# Groups that several scripts share; where a function returns its group, a script adds flags of its own to it.
 
 
 def add_run_flags(parser) -> None:
@@ -122,6 +75,7 @@ def add_training_flags(parser) -> None:
 
 
 def add_data_flags(parser) -> None:
+    """The data folder, and what the images and labels in it must be."""
     data = parser.add_argument_group("data")
     data.add_argument("--data-dir", default="data", help="folder written by preprocessing.py")
     data.add_argument("--resolution", type=positive_int, default=256, help="of the images in the data folder")
@@ -129,7 +83,8 @@ def add_data_flags(parser) -> None:
     data.add_argument("--num-workers", type=natural_int, default=4, help="loader processes per process")
 
 
-def add_sit_flags(parser, *, bn_momentum: bool) -> None:
+def add_sit_flags(parser):
+    """The transformer, the path and how t is drawn; returns the group."""
     sit = parser.add_argument_group("SiT")
     sit.add_argument(
         "--model",
@@ -142,23 +97,25 @@ def add_sit_flags(parser, *, bn_momentum: bool) -> None:
     sit.add_argument("--encoder-depth", type=positive_int, default=8, help="block whose tokens are aligned, from 1")
     on_off(sit, "--qk-norm", False, "LayerNorm on queries and keys")
     on_off(sit, "--fused-attn", True, "torch's fused attention")
-    if bn_momentum:
-        sit.add_argument("--bn-momentum", type=unit_float, default=0.1, help="of the latents' BatchNorm")
     sit.add_argument("--cfg-prob", type=unit_float, default=0.1, help="share of labels dropped to the null label")
     sit.add_argument("--ema-decay", type=unit_float, default=0.9999, help="of SiT's EMA, which sampling uses")
     sit.add_argument("--path-type", default="linear", choices=["linear", "cosine"], help="data to noise")
     sit.add_argument("--prediction", default="v", choices=["v"], help="what SiT predicts: the velocity")
     sit.add_argument("--weighting", default="uniform", choices=["uniform", "lognormal"], help="how t is drawn")
+    return sit
 
 
-def add_alignment_flags(parser) -> None:
+def add_alignment_flags(parser):
+    """The frozen encoders and the weight of SiT's alignment with them; returns the group."""
     align = parser.add_argument_group("alignment")
     align.add_argument("--enc-type", default="dinov2-vit-b", help="frozen encoder(s), comma list, timm:NAME, or None")
     align.add_argument("--enc-ckpt", help="weights file of the encoder (comma list for several)")
     align.add_argument("--proj-coeff", type=natural_float, default=0.5, help="weight of SiT's alignment loss")
+    return align
 
 
-def add_vae_flags(parser, *, ckpt: str, default: str) -> None:
+def add_vae_flags(parser, *, default: str, ckpt: str | None):
+    """Which VAE; returns the group."""
     vae = parser.add_argument_group("VAE")
     vae.add_argument(
         "--vae",
@@ -167,9 +124,11 @@ def add_vae_flags(parser, *, ckpt: str, default: str) -> None:
         help="architecture; auto takes it from the diffusers folder that --vae-ckpt names",
     )
     vae.add_argument("--vae-ckpt", default=ckpt, help=".pt (LDM keys), .safetensors or a diffusers folder")
+    return vae
 
 
 def add_vae_loss_flags(parser) -> None:
+    """The VAE's losses, its discriminator, and the learning rates of both."""
     loss = parser.add_argument_group("VAE loss")
     loss.add_argument("--loss-cfg-path", default="configs/l1_lpips_kl_gan.yaml", help="weights of the VAE's losses")
     loss.add_argument("--lpips-weights", help="torchvision vgg16 state dict (default: downloaded once)")
@@ -178,8 +137,8 @@ def add_vae_loss_flags(parser) -> None:
     loss.add_argument("--disc-learning-rate", type=natural_float, default=1e-4, help="of the discriminator's AdamW")
 
 
-def add_feature_flags(parser, *, more: str = "") -> None:
-    """The space in which sets of images are compared."""
+def add_feature_flags(parser, *, more: str = ""):
+    """The space in which sets of images are compared; returns the group."""
     space = parser.add_argument_group("feature space")
     space.add_argument(
         "--features",
@@ -188,19 +147,22 @@ def add_feature_flags(parser, *, more: str = "") -> None:
     )
     space.add_argument("--inception-weights", help="torch-fidelity's weights file (default: downloaded once)")
     space.add_argument("--enc-ckpt", help="weights file of another --features network")
+    return space
+
+
+# The scripts
 
 
 def repae_parser() -> ArgumentParser:
     parser = ArgumentParser(description="REPA-E: train SiT and its VAE together (arXiv 2504.10483).")
     add_run_flags(parser)
     add_data_flags(parser)
-    add_sit_flags(parser, bn_momentum=True)
-    add_alignment_flags(parser)
-    parser.add_argument(
-        "--vae-align-proj-coeff", type=natural_float, default=1.5, help="weight of VAE's alignment loss"
-    )
-    on_off(parser, "--stop-grad", True, "keep the diffusion loss out of the VAE; without it the latents collapse")
-    add_vae_flags(parser, ckpt="pretrained/sdvae-f8d4/sdvae-f8d4.pt", default="f8d4")
+    sit = add_sit_flags(parser)
+    sit.add_argument("--bn-momentum", type=unit_float, default=0.1, help="of the latents' BatchNorm")
+    align = add_alignment_flags(parser)
+    align.add_argument("--vae-align-proj-coeff", type=natural_float, default=1.5, help="weight of VAE's alignment loss")
+    on_off(align, "--stop-grad", True, "keep the diffusion loss out of the VAE; without it the latents collapse")
+    add_vae_flags(parser, default="f8d4", ckpt="pretrained/sdvae-f8d4/sdvae-f8d4.pt")
     add_vae_loss_flags(parser)
     add_online_evaluation_flags(parser)
     add_training_flags(parser)
@@ -211,10 +173,10 @@ def ldm_only_parser() -> ArgumentParser:
     parser = ArgumentParser(description="Train SiT on the cached latents of a frozen VAE.")
     add_run_flags(parser)
     add_data_flags(parser)
-    add_sit_flags(parser, bn_momentum=False)
+    add_sit_flags(parser)
     add_alignment_flags(parser)
-    add_vae_flags(parser, ckpt="pretrained/e2e-vavae-400k/e2e-vavae-400k.pt", default="f16d32")
-    parser.add_argument("--vae-latents-name", default="e2e-vavae-400k", help="latents cached by cache_latents.py")
+    vae = add_vae_flags(parser, default="f16d32", ckpt="pretrained/e2e-vavae-400k/e2e-vavae-400k.pt")
+    vae.add_argument("--vae-latents-name", default="e2e-vavae-400k", help="latents cached by cache_latents.py")
     add_online_evaluation_flags(parser)
     add_training_flags(parser)
     parser.set_defaults(model="SiT-XL/1")
@@ -225,7 +187,7 @@ def vae_parser() -> ArgumentParser:
     parser = ArgumentParser(description="Train a VAE alone: reconstruction, LPIPS, KL and GAN; from scratch or tuned.")
     add_run_flags(parser)
     add_data_flags(parser)
-    add_vae_flags(parser, ckpt=None, default="f8d4")
+    add_vae_flags(parser, default="f8d4", ckpt=None)
     add_vae_loss_flags(parser)
     add_training_flags(parser)
     parser.set_defaults(max_train_steps=100000)
@@ -234,50 +196,59 @@ def vae_parser() -> ArgumentParser:
 
 def generate_parser() -> ArgumentParser:
     parser = ArgumentParser(description="Draw samples from a trained SiT into the ADM suite's .npz.")
-    parser.add_argument("--exp-path", required=True, help="run folder: args.json and checkpoints/")
-    parser.add_argument("--train-steps", help="which checkpoint (default: the latest)")
-    parser.add_argument("--vae-ckpt", help="VAE, where neither the checkpoint nor args.json lead to one")
-    parser.add_argument("--sample-dir", default="samples", help="where the samples go")
-    parser.add_argument("--num-fid-samples", type=positive_int, default=50000, help="how many samples")
-    parser.add_argument(
-        "--pproc-batch-size",
-        type=positive_int,
-        default=256,
-        help="samples at a time per process; a short last batch is filled up",
-    )
-    parser.add_argument("--global-seed", type=natural_int, default=0, help="sample i depends on (this, i) alone")
-    parser.add_argument("--mode", default="ode", choices=["ode", "sde"], help="Euler or Heun; or Euler-Maruyama")
-    on_off(parser, "--heun", False, "second-order steps (ode only)")
-    parser.add_argument("--num-steps", type=positive_int, default=50, help="steps of the sampler")
-    parser.add_argument("--path-type", default="linear", choices=["linear", "cosine"], help="as the model was trained")
-    parser.add_argument("--cfg-scale", type=guidance_float, default=1.5, help="classifier-free guidance; 1: off")
-    parser.add_argument("--guidance-low", type=unit_float, default=0.0, help="guidance only for t >= this")
-    parser.add_argument("--guidance-high", type=unit_float, default=1.0, help="guidance only for t <= this")
-    parser.add_argument(
+    run = parser.add_argument_group("trained run")
+    run.add_argument("--exp-path", required=True, help="run folder: args.json and checkpoints/")
+    run.add_argument("--train-steps", help="which checkpoint (default: the latest)")
+    run.add_argument("--vae-ckpt", help="VAE, where neither the checkpoint nor args.json lead to one")
+    on_off(run, "--ema", True, "the moving average of SiT's weights")
+
+    samples = parser.add_argument_group("samples")
+    samples.add_argument("--sample-dir", default="samples", help="where the samples go")
+    samples.add_argument("--num-fid-samples", type=positive_int, default=50000, help="how many samples")
+    samples.add_argument("--global-seed", type=natural_int, default=0, help="sample i depends on (this, i) alone")
+    samples.add_argument("--grid", type=grid_shape, default="8x8", metavar="RxC", help="shape of the contact sheet")
+    on_off(samples, "--trajectory", False, "also a picture of 8 samples on their way from noise")
+    on_off(samples, "--save-png", False, "also write every sample as PNG")
+    replaced = "an existing result, or an interrupted job of other options, of this name"
+    on_off(samples, "--overwrite", False, f"replace {replaced}")
+
+    sampler = parser.add_argument_group("sampler")
+    sampler.add_argument("--mode", default="ode", choices=["ode", "sde"], help="Euler or Heun; or Euler-Maruyama")
+    on_off(sampler, "--heun", False, "second-order steps (ode only)")
+    sampler.add_argument("--num-steps", type=positive_int, default=50, help="steps of the sampler")
+    sampler.add_argument("--path-type", default="linear", choices=["linear", "cosine"], help="as the model was trained")
+    sampler.add_argument("--cfg-scale", type=guidance_float, default=1.5, help="classifier-free guidance; 1: off")
+    sampler.add_argument("--guidance-low", type=unit_float, default=0.0, help="guidance only for t >= this")
+    sampler.add_argument("--guidance-high", type=unit_float, default=1.0, help="guidance only for t <= this")
+
+    labels = parser.add_argument_group("labels")
+    labels.add_argument(
         "--label-sampling",
         default="random",
         choices=["random", "equal"],
         help="class of each sample: uniform draw, or the same count of every class",
     )
-    parser.add_argument("--num-classes", type=positive_int, help="classes to draw from (default: the model's)")
-    parser.add_argument("--classes", help="only these classes, between commas")
-    parser.add_argument("--label-file", help=".npy or text file with the label of each sample")
-    parser.add_argument(
+    labels.add_argument("--num-classes", type=positive_int, help="classes to draw from (default: the model's)")
+    labels.add_argument("--classes", help="only these classes, between commas")
+    labels.add_argument("--label-file", help=".npy or text file with the label of each sample")
+
+    machine = parser.add_argument_group("machine")
+    machine.add_argument(
+        "--pproc-batch-size",
+        type=positive_int,
+        default=256,
+        help="samples at a time per process; a short last batch is filled up",
+    )
+    machine.add_argument(
         "--precision",
         choices=["fp32", "tf32", "bf16", "fp16"],
         help="of SiT; bf16 and fp16: autocast (default: tf32, or fp32 under --no-tf32)",
     )
-    parser.add_argument("--grid", type=grid_shape, default="8x8", metavar="RxC", help="shape of the contact sheet")
-    on_off(parser, "--ema", True, "the moving average of SiT's weights")
-    on_off(parser, "--compile", False, "torch.compile SiT")
-    on_off(parser, "--trajectory", False, "also a picture of 8 samples on their way from noise")
-    on_off(parser, "--save-png", False, "also write every sample as PNG")
-    on_off(
-        parser, "--overwrite", False, "replace an existing result, or an interrupted job of other options, of this name"
-    )
-    on_off(parser, "--tf32", True, "TF32 products in float32 code on CUDA")
-    parser.add_argument("--evaluate", metavar="REFERENCE", help="also measure the samples, as evaluate.py --reference")
-    add_feature_flags(parser)
+    on_off(machine, "--tf32", True, "TF32 products in float32 code on CUDA")
+    on_off(machine, "--compile", False, "torch.compile SiT")
+
+    space = add_feature_flags(parser)
+    space.add_argument("--evaluate", metavar="REFERENCE", help="also measure the samples, as evaluate.py --reference")
     return parser
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.arguments import ArgumentParser
+from configs.parsing import ArgumentParser
 from models.encoder_table import ENCODERS, EncoderSpec, encoder_names
 from models.encoder_weights import download, find_weights, load_weights, read_weights
 from utils.errors import InputError, about, command

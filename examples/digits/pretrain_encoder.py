@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from timm.models import save_for_hf
 from torch import nn
 
-from configs.arguments import natural_int, positive_int
+from configs.parsing import natural_int, positive_int
 from utils.errors import InputError, command
 
 PATCH = 8

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs.arguments import positive_int
+from configs.parsing import positive_int
 from evaluation.metrics import psnr
 from evaluation.reconstruction import reconstruct
 from examples.digits import judge, make_images
