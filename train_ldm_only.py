@@ -12,40 +12,52 @@ if __name__ == "__main__":  # --help and a mistyped flag answer before the heavy
 
 import copy
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 
 from dataset.data import ImageData, LatentData, LatentsAndLabels
 from dataset.latents import sample_mean_std
 from evaluation.online import online_evaluation
 from loss.alignment import alignment_loss
 from loss.velocity import velocity_loss
-from models.encoders import load_encoders, resize_tokens, resizing_notes
+from models.encoders import Encoder, load_encoders, resize_tokens, resizing_notes
 from models.interpolant import Noising, interpolate
-from models.sit import build_sit
+from models.sit import SiT, build_sit
 from models.vae import latent_statistics, load_vae
 from models.vae_files import vae_sha256
-from sampling.generation import SamplerConfig, preview
+from sampling.generation import preview, preview_sampler
 from training.ema import update_ema
 from training.optimizer import Optimizer, adamw_settings, checkpoint_entries, restore
 from training.run import Run
-from utils.checkpoint import read_checkpoint
 from utils.distributed import main_first
 from utils.errors import InputError, command
 from utils.images import image_grid
 from utils.modules import load_strictly
 
-PREVIEW_GUIDANCE = 4.0
 CHECKPOINT_ENTRIES = ("model", "ema", "opt", "steps")
+
+
+@dataclass
+class Networks:
+    """What a run computes with."""
+
+    encoders: list[Encoder]  # frozen; each gives targets (B, N, F); none for plain SiT
+    sit: SiT
+    ema: SiT  # the moving average of `sit`, which is what is sampled
+    vae: AutoencoderKL  # frozen; decodes previews and evaluations
+    latent_shape: tuple[int, int, int]  # (C, h, w)
+    sit_ddp: nn.Module = field(init=False)  # `sit`, wrapped so that its backward averages gradients
 
 
 def train_step(
     run,
-    nets: SimpleNamespace,
+    nets: Networks,
     optimizer: Optimizer,
     data: Iterator,
     step: int,
@@ -87,94 +99,85 @@ def train_step(
 def main(argv: list[str] | None = None) -> None:
     args = ldm_only_parser().parse_args(argv)
     run = Run(args)
+
+    # Read everything, and refuse what cannot work, before anything is written.
     with main_first():
         data = ImageData(args.data_dir, resolution=args.resolution, num_classes=args.num_classes)
         latents = LatentData(Path(args.data_dir) / args.vae_latents_name, data)
-        nets = build_networks(args, run, latents)
+        checkpoint = run.checkpoint(need=CHECKPOINT_ENTRIES)
+        nets = build_networks(args, run, latents, checkpoint)
         loader = run.batches(LatentsAndLabels(latents, data, with_images=bool(nets.encoders)))
-        for module in (nets.sit, nets.ema, nets.vae, *nets.encoders):
-            module.to(run.device)
-        optimizer = build_optimizer(args, nets, run)
+        run.to_device(nets.sit, nets.ema, nets.vae, *nets.encoders)
+        optimizer = build_optimizer(args, run, nets, checkpoint)
         run.require_room([nets.sit], copies=[nets.ema])
-    nets.checkpoint = None  # frees its tensors
+    del checkpoint  # frees its tensors
     evaluate = online_evaluation(args, run)
+
     run.open_folder()
     nets.sit_ddp = run.wrap(nets.sit.train())
     if args.compile:
         nets.sit_ddp.compile()
         for encoder in nets.encoders:
             encoder.compile_network()
+
     settings = dict(
         micro_steps=args.gradient_accumulation_steps,
         noising=Noising(args.path_type, args.weighting, args.cfg_prob),
         proj_coeff=args.proj_coeff,
         ema_decay=args.ema_decay,
     )
-
-    def log_evaluation(step: int) -> None:
-        run.log_evaluation(step, evaluate(nets.ema, nets.vae, nets.sit.latent_stats()))
-
-    progress = run.steps(data)
-    if evaluate is not None and run.lacks_evaluation(args.eval_steps):
-        log_evaluation(run.start_step)
-    for step in progress:
-        logs = train_step(run, nets, optimizer, loader, step, **settings)
-
-        done = step + 1
-        run.log(done, logs, progress)
-        if run.is_due(done, args.checkpointing_steps):
-            run.save(done, lambda done=done: checkpoint_contents(args, nets, optimizer, done))
-        if evaluate is not None and run.is_due(done, args.eval_steps):
-            log_evaluation(done)
-        if args.num_preview and run.is_due(done, args.sampling_steps):
-            log_previews(args, run, nets, done)
+    steps = run.steps(
+        data,
+        checkpoint=partial(checkpoint_contents, args, nets, optimizer),
+        evaluate=evaluate and (lambda: evaluate(nets.ema, nets.vae, nets.sit.latent_stats())),
+        preview=partial(previews, args, run, nets),
+    )
+    for step in steps:
+        run.log(step, train_step(run, nets, optimizer, loader, step, **settings))
     run.close()
 
 
-def build_networks(args, run: Run, latents: LatentData) -> SimpleNamespace:
+def build_networks(args, run: Run, latents: LatentData, checkpoint: dict | None) -> Networks:
     """All networks on the CPU; weights of SiT from the checkpoint that the run resumes, if it does."""
     torch.manual_seed(args.seed)  # of fresh weights; every other draw has a generator of its own
-    nets = SimpleNamespace()
-    nets.checkpoint = read_checkpoint(run.resume_from, need=CHECKPOINT_ENTRIES) if run.resume_from else None
-    nets.encoders = load_encoders(args.enc_type, args.resolution, args.enc_ckpt)
-    if not nets.encoders and args.proj_coeff > 0:
+    encoders = load_encoders(args.enc_type, args.resolution, args.enc_ckpt)
+    if not encoders and args.proj_coeff > 0:
         raise InputError(f"--enc-type None was given; --proj-coeff 0 goes with it, not {args.proj_coeff}")
-    nets.vae = load_vae(args.vae, args.vae_ckpt).requires_grad_(False)
+
+    # The VAE only decodes, for previews and evaluations; its latents are cached, and must be this VAE's.
+    vae = load_vae(args.vae, args.vae_ckpt).requires_grad_(False)
     channels, *sides = latents.array.shape[1:]
-    nets.latent_shape = (channels // 2, *sides)
-    if nets.vae.config.latent_channels != nets.latent_shape[0]:
-        raise InputError(
-            f"--vae-latents-name: {latents.path}.npy holds latents of {nets.latent_shape[0]} channels; "
-            f"the VAE of --vae-ckpt has {nets.vae.config.latent_channels}"
-        )
-    require_same_vae(args.vae_ckpt, nets.vae, latents)
-    nets.sit = build_sit(
+    shape = (channels // 2, *sides)
+    if vae.config.latent_channels != shape[0]:
+        cached = f"{latents.path}.npy holds latents of {shape[0]} channels"
+        raise InputError(f"--vae-latents-name: {cached}; the VAE of --vae-ckpt has {vae.config.latent_channels}")
+    require_same_vae(args.vae_ckpt, vae, latents)
+
+    sit = build_sit(
         args.model,
-        nets.latent_shape,
+        shape,
         encoder_depth=args.encoder_depth,
         num_classes=args.num_classes,
         class_dropout_prob=args.cfg_prob,
-        z_dims=[encoder.embed_dim for encoder in nets.encoders],
+        z_dims=[encoder.embed_dim for encoder in encoders],
         qk_norm=args.qk_norm,
         fused_attn=args.fused_attn,
     )
-    nets.sit.set_latent_stats(*(latent_statistics(args.vae_ckpt, nets.vae) or cached_statistics(latents)))
-    run.notes += resizing_notes(nets.encoders, nets.sit.grid)
-    nets.ema = copy.deepcopy(nets.sit).eval().requires_grad_(False)
-    if nets.checkpoint is not None:
-        load_strictly(nets.sit, nets.checkpoint["model"], f"{run.resume_from}: model")
-        load_strictly(nets.ema, nets.checkpoint["ema"], f"{run.resume_from}: ema")
-    return nets
+    sit.set_latent_stats(*(latent_statistics(args.vae_ckpt, vae) or cached_statistics(latents)))
+    run.notes += resizing_notes(encoders, sit.grid)
+    ema = copy.deepcopy(sit).eval().requires_grad_(False)
+    if checkpoint is not None:
+        load_strictly(sit, checkpoint["model"], f"{run.resume_from}: model")
+        load_strictly(ema, checkpoint["ema"], f"{run.resume_from}: ema")
+    return Networks(encoders=encoders, sit=sit, ema=ema, vae=vae, latent_shape=shape)
 
 
 def require_same_vae(vae_ckpt: str, vae: AutoencoderKL, latents: LatentData) -> None:
     """Refuse latents of one VAE beside the decoder of another."""
     cached = latents.info.get("vae_sha256")
     if cached and vae_sha256(vae_ckpt, vae) != cached:
-        raise InputError(
-            f"--vae-ckpt: {vae_ckpt} is not the VAE that {latents.path}.npy was cached with "
-            f"({latents.info.get('vae')}); its samples would be decoded wrongly"
-        )
+        other = f"is not the VAE that {latents.path}.npy was cached with ({latents.info.get('vae')})"
+        raise InputError(f"--vae-ckpt: {vae_ckpt} {other}; its samples would be decoded wrongly")
 
 
 def cached_statistics(latents: LatentData) -> tuple[Tensor, Tensor]:
@@ -183,16 +186,16 @@ def cached_statistics(latents: LatentData) -> tuple[Tensor, Tensor]:
     return scale, bias
 
 
-def build_optimizer(args, nets: SimpleNamespace, run: Run) -> Optimizer:
+def build_optimizer(args, run: Run, nets: Networks, checkpoint: dict | None) -> Optimizer:
     """AdamW, with the moments of the checkpoint that the run resumes."""
     parameters = list(nets.sit.named_parameters())
     optimizer = Optimizer(parameters, lr=args.learning_rate, **adamw_settings(args, scale_loss=run.scales_loss))
-    if nets.checkpoint is not None:
-        restore({"opt": optimizer}, nets.checkpoint, str(run.resume_from))
+    if checkpoint is not None:
+        restore({"opt": optimizer}, checkpoint, str(run.resume_from))
     return optimizer
 
 
-def checkpoint_contents(args, nets: SimpleNamespace, optimizer: Optimizer, step: int) -> dict:
+def checkpoint_contents(args, nets: Networks, optimizer: Optimizer, step: int) -> dict:
     return {
         "model": nets.sit.state_dict(),
         "ema": nets.ema.state_dict(),
@@ -202,23 +205,13 @@ def checkpoint_contents(args, nets: SimpleNamespace, optimizer: Optimizer, step:
     }
 
 
-def log_previews(args, run: Run, nets: SimpleNamespace, step: int) -> None:
+def previews(args, run: Run, nets: Networks) -> dict[str, np.ndarray]:
     """Samples of the EMA as a grid."""
-    guidance = PREVIEW_GUIDANCE if nets.ema.null_label is not None else 1.0
-    config = SamplerConfig(path_type=args.path_type, guidance_scale=guidance)
+    config, stats = preview_sampler(nets.ema, args.path_type), nets.sit.latent_stats()
     samples = preview(
-        nets.ema,
-        nets.vae,
-        nets.sit.latent_stats(),
-        args.num_preview,
-        args.seed,
-        config,
-        rank=run.rank,
-        world_size=run.world_size,
+        nets.ema, nets.vae, stats, args.num_preview, args.seed, config, rank=run.rank, world_size=run.world_size
     )
-    if run.is_main:
-        run.log_image(step, "samples", image_grid(samples, columns=8))
-    run.wait()
+    return {"samples": image_grid(samples, columns=8)}
 
 
 if __name__ == "__main__":

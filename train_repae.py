@@ -14,11 +14,14 @@ if __name__ == "__main__":  # --help and a mistyped flag answer before the heavy
 
 import copy
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dataset.data import ImageData, evenly_spaced
 from evaluation.online import online_evaluation
@@ -28,10 +31,10 @@ from loss.config import read_loss_config
 from loss.perceptual import load_lpips
 from loss.vae import VAELoss
 from loss.velocity import velocity_loss
-from models.discriminator import SMALLEST_IMAGE, load_discriminator
-from models.encoders import load_encoders, resize_tokens, resizing_notes
+from models.discriminator import PatchDiscriminator, load_discriminator, require_resolution
+from models.encoders import Encoder, load_encoders, resize_tokens, resizing_notes
 from models.interpolant import Noising, interpolate
-from models.sit import build_sit
+from models.sit import SiT, build_sit
 from models.vae import (
     TrainableVAE,
     latent_shape,
@@ -42,24 +45,40 @@ from models.vae import (
 )
 from models.vae_files import vae_of_checkpoint
 from models.vae_keys import ldm_parameters, to_ldm
-from sampling.generation import SamplerConfig, preview, reconstruction_pairs
+from sampling.generation import preview, preview_sampler, reconstruction_pairs
 from training.ema import update_ema
 from training.optimizer import Optimizer, adamw_settings, checkpoint_entries, restore
 from training.run import Run
-from utils.checkpoint import read_checkpoint
 from utils.distributed import main_first
 from utils.errors import InputError, command
 from utils.files import atomic_write
 from utils.images import image_grid, to_signed
 from utils.modules import frozen, load_strictly
 
-PREVIEW_GUIDANCE = 4.0
 CHECKPOINT_ENTRIES = ("model", "ema", "vae", "discriminator", "opt", "opt_vae", "opt_disc", "steps")
+
+
+@dataclass
+class Networks:
+    """What a run computes with. A `..._ddp` is the same network, wrapped so that its backward averages gradients."""
+
+    encoders: list[Encoder]  # frozen; each gives targets (B, N, F)
+    sit: SiT
+    ema: SiT  # the moving average of `sit`, which is what is sampled
+    vae: TrainableVAE
+    discriminator: PatchDiscriminator
+    vae_loss: VAELoss
+    discriminator_loss: DiscriminatorLoss  # a module: LeCam's running means are state
+    latent_shape: tuple[int, int, int]  # (C, h, w)
+    latent_stats: tuple[Tensor, Tensor] | None  # scale and bias (1, C, 1, 1) that a fresh run's normaliser starts from
+    sit_ddp: nn.Module = field(init=False)
+    vae_ddp: nn.Module = field(init=False)
+    discriminator_ddp: nn.Module = field(init=False)
 
 
 def train_step(
     run,
-    nets: SimpleNamespace,
+    nets: Networks,
     optimizers: SimpleNamespace,
     data: Iterator,
     step: int,
@@ -140,16 +159,21 @@ def train_step(
 def main(argv: list[str] | None = None) -> None:
     args = repae_parser().parse_args(argv)
     run = Run(args)
+
+    # Read everything, and refuse what cannot work, before anything is written.
     with main_first():
         data = ImageData(args.data_dir, resolution=args.resolution, num_classes=args.num_classes)
         loader = run.batches(data)
-        nets = build_networks(args, run)
-        move_to_device(nets, run)
-        optimizers = build_optimizers(args, nets, run)
+        checkpoint = run.checkpoint(need=CHECKPOINT_ENTRIES)
+        nets = build_networks(args, run, checkpoint)
+        run.to_device(nets.sit, nets.ema, nets.vae, nets.discriminator, *nets.encoders)
+        run.to_device(nets.vae_loss.lpips, nets.discriminator_loss)
+        optimizers = build_optimizers(args, run, nets, checkpoint)
         run.require_room([nets.sit, nets.vae, nets.discriminator], copies=[nets.ema])
     evaluate = online_evaluation(args, run)
-    measured = nets.checkpoint is None and start_normalizer(nets, data, run)
-    nets.checkpoint = None  # frees its tensors
+    measured = checkpoint is None and start_normalizer(run, nets, data)
+    del checkpoint  # frees its tensors
+
     run.open_folder()
     if measured and run.is_main:
         save_latent_stats(run.folder / "latents-stats.pt", *nets.latent_stats)
@@ -157,6 +181,7 @@ def main(argv: list[str] | None = None) -> None:
     nets.discriminator_ddp = run.wrap(nets.discriminator.train())
     if args.compile:
         compile_networks(nets)
+
     settings = dict(
         micro_steps=args.gradient_accumulation_steps,
         noising=Noising(args.path_type, args.weighting, args.cfg_prob),
@@ -165,69 +190,65 @@ def main(argv: list[str] | None = None) -> None:
         ema_decay=args.ema_decay,
         stop_grad=args.stop_grad,
     )
-
-    def log_evaluation(step: int) -> None:
-        run.log_evaluation(step, evaluate(nets.ema, nets.vae.vae, nets.ema.latent_stats()))
-
-    progress = run.steps(data)
-    if evaluate is not None and run.lacks_evaluation(args.eval_steps):
-        log_evaluation(run.start_step)
-    for step in progress:
-        logs = train_step(run, nets, optimizers, loader, step, **settings)
-
-        done = step + 1
-        run.log(done, logs, progress)
-        if run.is_due(done, args.checkpointing_steps):
-            run.save(done, lambda done=done: checkpoint_contents(args, nets, optimizers, done))
-        if evaluate is not None and run.is_due(done, args.eval_steps):
-            log_evaluation(done)
-        if args.num_preview and run.is_due(done, args.sampling_steps):
-            log_previews(args, run, nets, data, done)
+    steps = run.steps(
+        data,
+        checkpoint=partial(checkpoint_contents, args, nets, optimizers),
+        evaluate=evaluate and (lambda: evaluate(nets.ema, nets.vae.vae, nets.ema.latent_stats())),
+        preview=partial(previews, args, run, nets, data),
+    )
+    for step in steps:
+        run.log(step, train_step(run, nets, optimizers, loader, step, **settings))
     run.close()
 
 
-def build_networks(args, run: Run) -> SimpleNamespace:
+def build_networks(args, run: Run, checkpoint: dict | None) -> Networks:
     """All networks on the CPU, from public files or from the checkpoint that the run resumes; nothing is written."""
     torch.manual_seed(args.seed)  # of fresh weights; every other draw has a generator of its own
-    checkpoint = read_checkpoint(run.resume_from, need=CHECKPOINT_ENTRIES) if run.resume_from else None
-    nets = SimpleNamespace(checkpoint=checkpoint)
-    nets.encoders = load_encoders(args.enc_type, args.resolution, args.enc_ckpt)
-    if not nets.encoders:
+    encoders = load_encoders(args.enc_type, args.resolution, args.enc_ckpt)
+    if not encoders:
         raise InputError("--enc-type: REPA-E needs an encoder to align with; train_ldm_only.py runs without one")
     config = read_loss_config(args.loss_cfg_path)
-    nets.vae_loss = VAELoss(config, load_lpips(args.lpips_weights) if config.perceptual_weight > 0 else None)
-    nets.discriminator_loss = DiscriminatorLoss(config)
+    vae_loss = VAELoss(config, load_lpips(args.lpips_weights) if config.perceptual_weight > 0 else None)
 
     if checkpoint is None:
-        vae, nets.discriminator = load_vae(args.vae, args.vae_ckpt), load_discriminator(args.disc_pretrained_ckpt)
-        nets.latent_stats = latent_statistics(args.vae_ckpt, vae)
+        vae, discriminator = load_vae(args.vae, args.vae_ckpt), load_discriminator(args.disc_pretrained_ckpt)
+        latent_stats = latent_statistics(args.vae_ckpt, vae)
     else:
-        vae, nets.discriminator = vae_of_checkpoint(checkpoint, run.resume_from), load_discriminator(None)
-    if args.resolution < SMALLEST_IMAGE:
-        raise InputError(f"--resolution: {args.resolution} was given; the discriminator needs {SMALLEST_IMAGE} or more")
-    nets.latent_shape = latent_shape(vae, args.resolution)
-    nets.vae = TrainableVAE(vae)
+        vae, discriminator = vae_of_checkpoint(checkpoint, run.resume_from), load_discriminator(None)
+        latent_stats = None  # the checkpoint's normaliser is further on
+    require_resolution(args.resolution)
 
-    nets.sit = build_sit(
+    shape = latent_shape(vae, args.resolution)
+    sit = build_sit(
         args.model,
-        nets.latent_shape,
+        shape,
         encoder_depth=args.encoder_depth,
         num_classes=args.num_classes,
         class_dropout_prob=args.cfg_prob,
-        z_dims=[encoder.embed_dim for encoder in nets.encoders],
+        z_dims=[encoder.embed_dim for encoder in encoders],
         qk_norm=args.qk_norm,
         fused_attn=args.fused_attn,
         bn_momentum=args.bn_momentum,
         learn_pos_embed=True,
     )
-    run.notes += resizing_notes(nets.encoders, nets.sit.grid)
-    nets.ema = copy.deepcopy(nets.sit).eval().requires_grad_(False)
+    run.notes += resizing_notes(encoders, sit.grid)
+    nets = Networks(
+        encoders=encoders,
+        sit=sit,
+        ema=copy.deepcopy(sit).eval().requires_grad_(False),
+        vae=TrainableVAE(vae),
+        discriminator=discriminator,
+        vae_loss=vae_loss,
+        discriminator_loss=DiscriminatorLoss(config),
+        latent_shape=shape,
+        latent_stats=latent_stats,
+    )
     if checkpoint is not None:
         load_networks(nets, checkpoint, str(run.resume_from))
     return nets
 
 
-def load_networks(nets: SimpleNamespace, checkpoint: dict, path: str) -> None:
+def load_networks(nets: Networks, checkpoint: dict, path: str) -> None:
     """Weights of a checkpoint, ours or public; the VAE's are loaded already."""
     load_strictly(nets.sit, checkpoint["model"], f"{path}: model")
     load_strictly(nets.ema, checkpoint["ema"], f"{path}: ema")
@@ -236,14 +257,7 @@ def load_networks(nets: SimpleNamespace, checkpoint: dict, path: str) -> None:
         load_strictly(nets.discriminator_loss, checkpoint["loss_buffers"], f"{path}: loss_buffers")
 
 
-def move_to_device(nets: SimpleNamespace, run: Run) -> None:
-    for module in (nets.sit, nets.ema, nets.vae, nets.discriminator, nets.discriminator_loss, *nets.encoders):
-        module.to(run.device)
-    if nets.vae_loss.lpips is not None:
-        nets.vae_loss.lpips.to(run.device)
-
-
-def start_normalizer(nets: SimpleNamespace, data: ImageData, run: Run) -> bool:
+def start_normalizer(run: Run, nets: Networks, data: ImageData) -> bool:
     """SiT's normaliser starts from the latent statistics stored with the VAE, else from those of the data set.
 
     Returns:
@@ -265,7 +279,7 @@ def save_latent_stats(path: Path, scale: torch.Tensor, bias: torch.Tensor) -> No
         torch.save({"latents_scale": scale, "latents_bias": bias}, temporary)
 
 
-def build_optimizers(args, nets: SimpleNamespace, run: Run) -> SimpleNamespace:
+def build_optimizers(args, run: Run, nets: Networks, checkpoint: dict | None) -> SimpleNamespace:
     """Three AdamW, called as in checkpoints, with the moments of the checkpoint that the run resumes."""
     common = adamw_settings(args, scale_loss=run.scales_loss)
     optimizers = SimpleNamespace(
@@ -273,12 +287,12 @@ def build_optimizers(args, nets: SimpleNamespace, run: Run) -> SimpleNamespace:
         opt_vae=Optimizer(ldm_parameters(nets.vae.vae), lr=args.vae_learning_rate, **common),
         opt_disc=Optimizer(list(nets.discriminator.named_parameters()), lr=args.disc_learning_rate, **common),
     )
-    if nets.checkpoint is not None:
-        restore(vars(optimizers), nets.checkpoint, str(run.resume_from))
+    if checkpoint is not None:
+        restore(vars(optimizers), checkpoint, str(run.resume_from))
     return optimizers
 
 
-def compile_networks(nets: SimpleNamespace) -> None:
+def compile_networks(nets: Networks) -> None:
     """In place, so that state dicts keep their names. `project` is a pass of its own and is compiled by itself."""
     nets.sit_ddp.compile()
     nets.vae_ddp.compile()
@@ -287,7 +301,7 @@ def compile_networks(nets: SimpleNamespace) -> None:
         encoder.compile_network()
 
 
-def checkpoint_contents(args, nets: SimpleNamespace, optimizers: SimpleNamespace, step: int) -> dict:
+def checkpoint_contents(args, nets: Networks, optimizers: SimpleNamespace, step: int) -> dict:
     ldm = to_ldm(nets.vae.vae)
     return {
         "model": nets.sit.state_dict(),
@@ -302,28 +316,17 @@ def checkpoint_contents(args, nets: SimpleNamespace, optimizers: SimpleNamespace
     }
 
 
-def log_previews(args, run: Run, nets: SimpleNamespace, data: ImageData, step: int) -> None:
-    """Samples of the EMA, and images beside their reconstructions, as two grids."""
-    vae = nets.vae.vae
-    guidance = PREVIEW_GUIDANCE if nets.ema.null_label is not None else 1.0
-    config = SamplerConfig(path_type=args.path_type, guidance_scale=guidance)
+def previews(args, run: Run, nets: Networks, data: ImageData) -> dict[str, np.ndarray]:
+    """Samples of the EMA, and images beside their reconstructions, as two grids; on rank 0."""
+    vae, config, stats = nets.vae.vae, preview_sampler(nets.ema, args.path_type), nets.ema.latent_stats()
     samples = preview(
-        nets.ema,
-        vae,
-        nets.ema.latent_stats(),
-        args.num_preview,
-        args.seed,
-        config,
-        rank=run.rank,
-        world_size=run.world_size,
+        nets.ema, vae, stats, args.num_preview, args.seed, config, rank=run.rank, world_size=run.world_size
     )
-    if run.is_main:
-        run.log_image(step, "samples", image_grid(samples, columns=8))
-        images, _ = data.__getitems__(evenly_spaced(len(data), args.num_preview // 2))
-        run.log_image(
-            step, "reconstructions", image_grid(reconstruction_pairs(vae, images.to(run.device)).cpu(), columns=8)
-        )
-    run.wait()
+    if not run.is_main:
+        return {}
+    images, _ = data.__getitems__(evenly_spaced(len(data), args.num_preview // 2))
+    pairs = reconstruction_pairs(vae, images.to(run.device))
+    return {"samples": image_grid(samples, columns=8), "reconstructions": image_grid(pairs, columns=8)}
 
 
 if __name__ == "__main__":

@@ -14,25 +14,27 @@ if __name__ == "__main__":  # --help and a mistyped flag answer before the heavy
     vae_parser().parse_args()
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dataset.data import ImageData, evenly_spaced
 from loss.adversarial import DiscriminatorLoss
 from loss.config import read_loss_config
 from loss.perceptual import load_lpips
 from loss.vae import VAELoss
-from models.discriminator import SMALLEST_IMAGE, load_discriminator
+from models.discriminator import PatchDiscriminator, load_discriminator, require_resolution
 from models.vae import TrainableVAE, build_vae, latent_shape, load_vae, measure_latent_statistics, vae_config
 from models.vae_files import require_new_vae_files, save_vae_files, vae_of_checkpoint
 from models.vae_keys import ldm_parameters, to_ldm
 from sampling.generation import reconstruction_pairs
 from training.optimizer import Optimizer, adamw_settings, checkpoint_entries, restore
 from training.run import Run
-from utils.checkpoint import read_checkpoint
 from utils.distributed import main_first
 from utils.errors import InputError, command
 from utils.images import image_grid, to_signed
@@ -41,8 +43,21 @@ from utils.modules import frozen, load_strictly
 CHECKPOINT_ENTRIES = ("vae", "discriminator", "opt_vae", "opt_disc", "steps")
 
 
+@dataclass
+class Networks:
+    """What a run computes with. A `..._ddp` is the same network, wrapped so that its backward averages gradients."""
+
+    vae: TrainableVAE
+    discriminator: PatchDiscriminator
+    vae_loss: VAELoss
+    discriminator_loss: DiscriminatorLoss  # a module: LeCam's running means are state
+    latent_shape: tuple[int, int, int]  # (C, h, w)
+    vae_ddp: nn.Module = field(init=False)
+    discriminator_ddp: nn.Module = field(init=False)
+
+
 def train_step(
-    run, nets: SimpleNamespace, optimizers: SimpleNamespace, data: Iterator, step: int, *, micro_steps: int
+    run, nets: Networks, optimizers: SimpleNamespace, data: Iterator, step: int, *, micro_steps: int
 ) -> dict[str, Tensor]:
     """One optimiser step of VAE and discriminator over `micro_steps` batches; returns the scalars to log."""
     logs = {}
@@ -78,77 +93,70 @@ def train_step(
 def main(argv: list[str] | None = None) -> None:
     args = vae_parser().parse_args(argv)
     run = Run(args)
+
+    # Read everything, and refuse what cannot work, before anything is written.
     with main_first():
         data = ImageData(args.data_dir, resolution=args.resolution)
         loader = run.batches(data)
-        nets = build_networks(args, run)
-        for module in (nets.vae, nets.discriminator, nets.discriminator_loss, nets.vae_loss.lpips):
-            if module is not None:
-                module.to(run.device)
-        optimizers = build_optimizers(args, nets, run)
+        checkpoint = run.checkpoint(need=CHECKPOINT_ENTRIES)
+        nets = build_networks(args, run, checkpoint)
+        run.to_device(nets.vae, nets.discriminator, nets.vae_loss.lpips, nets.discriminator_loss)
+        optimizers = build_optimizers(args, run, nets, checkpoint)
         run.require_room([nets.vae, nets.discriminator], copies=[])
         if not (args.overwrite or run.goes_on):
             require_new_vae_files(args.output_dir, args.exp_name, "--exp-name")
-    nets.checkpoint = None  # frees its tensors
+    del checkpoint  # frees its tensors
+
     run.open_folder()
     nets.vae_ddp, nets.discriminator_ddp = run.wrap(nets.vae.train()), run.wrap(nets.discriminator.train())
     if args.compile:
         nets.vae_ddp.compile()
 
-    progress = run.steps(data)
-    for step in progress:
-        logs = train_step(run, nets, optimizers, loader, step, micro_steps=args.gradient_accumulation_steps)
-
-        done = step + 1
-        run.log(done, logs, progress)
-        if run.is_due(done, args.checkpointing_steps):
-            run.save(done, lambda done=done: checkpoint_contents(args, nets, optimizers, done))
-        if args.num_preview and run.is_main and run.is_due(done, args.sampling_steps):
-            images, _ = data.__getitems__(evenly_spaced(len(data), args.num_preview // 2))
-            pairs = reconstruction_pairs(nets.vae.vae, images.to(run.device))
-            run.log_image(done, "reconstructions", image_grid(pairs.cpu(), columns=8))
-    write_vae(args, nets, data, run)
+    steps = run.steps(
+        data,
+        checkpoint=partial(checkpoint_contents, args, nets, optimizers),
+        preview=partial(previews, args, run, nets, data),
+    )
+    for step in steps:
+        run.log(step, train_step(run, nets, optimizers, loader, step, micro_steps=args.gradient_accumulation_steps))
+    write_vae(args, run, nets, data)
     run.close()
 
 
-def build_networks(args, run: Run) -> SimpleNamespace:
+def build_networks(args, run: Run, checkpoint: dict | None) -> Networks:
     """All networks on the CPU: fresh, from given files, or from the checkpoint that the run resumes."""
     torch.manual_seed(args.seed)  # of fresh weights; every other draw has a generator of its own
-    nets = SimpleNamespace()
-    nets.checkpoint = read_checkpoint(run.resume_from, need=CHECKPOINT_ENTRIES) if run.resume_from else None
     config = read_loss_config(args.loss_cfg_path)
-    nets.vae_loss = VAELoss(config, load_lpips(args.lpips_weights) if config.perceptual_weight > 0 else None)
-    nets.discriminator_loss = DiscriminatorLoss(config)
-    if nets.checkpoint is not None:
-        vae, nets.discriminator = vae_of_checkpoint(nets.checkpoint, run.resume_from), load_discriminator(None)
+    vae_loss = VAELoss(config, load_lpips(args.lpips_weights) if config.perceptual_weight > 0 else None)
+    discriminator_loss = DiscriminatorLoss(config)
+
+    if checkpoint is not None:
         path = str(run.resume_from)
-        load_strictly(nets.discriminator, nets.checkpoint["discriminator"], f"{path}: discriminator")
-        load_strictly(nets.discriminator_loss, nets.checkpoint["loss_buffers"], f"{path}: loss_buffers")
+        vae, discriminator = vae_of_checkpoint(checkpoint, path), load_discriminator(None)
+        load_strictly(discriminator, checkpoint["discriminator"], f"{path}: discriminator")
+        load_strictly(discriminator_loss, checkpoint["loss_buffers"], f"{path}: loss_buffers")
     else:
         if args.vae_ckpt is None and args.vae == "auto":
             raise InputError("--vae auto takes the architecture from --vae-ckpt; from scratch, name one")
         vae = load_vae(args.vae, args.vae_ckpt) if args.vae_ckpt else build_vae(args.vae)
-        nets.discriminator = load_discriminator(args.disc_pretrained_ckpt)
-    if args.resolution < SMALLEST_IMAGE:
-        raise InputError(f"--resolution: {args.resolution} was given; the discriminator needs {SMALLEST_IMAGE} or more")
-    nets.latent_shape = latent_shape(vae, args.resolution)
-    nets.vae = TrainableVAE(vae)
-    return nets
+        discriminator = load_discriminator(args.disc_pretrained_ckpt)
+    require_resolution(args.resolution)
+    return Networks(TrainableVAE(vae), discriminator, vae_loss, discriminator_loss, latent_shape(vae, args.resolution))
 
 
-def build_optimizers(args, nets: SimpleNamespace, run: Run) -> SimpleNamespace:
+def build_optimizers(args, run: Run, nets: Networks, checkpoint: dict | None) -> SimpleNamespace:
     """Two AdamW, called as in checkpoints, with the moments of the checkpoint that the run resumes."""
     common = adamw_settings(args, scale_loss=run.scales_loss)
     optimizers = SimpleNamespace(
         opt_vae=Optimizer(ldm_parameters(nets.vae.vae), lr=args.vae_learning_rate, **common),
         opt_disc=Optimizer(list(nets.discriminator.named_parameters()), lr=args.disc_learning_rate, **common),
     )
-    if nets.checkpoint is not None:
-        restore(vars(optimizers), nets.checkpoint, str(run.resume_from))
+    if checkpoint is not None:
+        restore(vars(optimizers), checkpoint, str(run.resume_from))
     return optimizers
 
 
-def checkpoint_contents(args, nets: SimpleNamespace, optimizers: SimpleNamespace, step: int) -> dict:
+def checkpoint_contents(args, nets: Networks, optimizers: SimpleNamespace, step: int) -> dict:
     ldm = to_ldm(nets.vae.vae)
     return {
         "vae": ldm,
@@ -161,14 +169,21 @@ def checkpoint_contents(args, nets: SimpleNamespace, optimizers: SimpleNamespace
     }
 
 
-def write_vae(args, nets: SimpleNamespace, data: ImageData, run: Run) -> None:
+def previews(args, run: Run, nets: Networks, data: ImageData) -> dict[str, np.ndarray]:
+    """Images beside their reconstructions as a grid; on rank 0."""
+    if not run.is_main:
+        return {}
+    images, _ = data.__getitems__(evenly_spaced(len(data), args.num_preview // 2))
+    pairs = reconstruction_pairs(nets.vae.vae, images.to(run.device))
+    return {"reconstructions": image_grid(pairs, columns=8)}
+
+
+def write_vae(args, run: Run, nets: Networks, data: ImageData) -> None:
     """The VAE's files, with the statistics of its latents on this data set."""
-    vae = nets.vae.vae.eval()
-    scale, bias = measure_latent_statistics(vae, data, device=run.device, rank=run.rank, world_size=run.world_size)
+    vae, discriminator = nets.vae.vae.eval(), nets.discriminator.state_dict()
+    stats = measure_latent_statistics(vae, data, device=run.device, rank=run.rank, world_size=run.world_size)
     if run.is_main:
-        folder = save_vae_files(
-            args.output_dir, args.exp_name, vae, scale, bias, nets.discriminator.state_dict(), overwrite=True
-        )
+        folder = save_vae_files(args.output_dir, args.exp_name, vae, *stats, discriminator, overwrite=True)
         print(f"the VAE is {Path(folder) / args.exp_name}.pt")
 
 

@@ -64,3 +64,13 @@ def load_discriminator(path: str | Path | None) -> PatchDiscriminator:
                 )
             load_strictly(discriminator, read_torch_file(path), str(path))
     return discriminator
+
+
+def require_resolution(resolution: int) -> None:
+    """Refuse images that are too small for a single logit.
+
+    Raises:
+        InputError: the side of the images, in pixels, is below `SMALLEST_IMAGE`.
+    """
+    if resolution < SMALLEST_IMAGE:
+        raise InputError(f"--resolution: {resolution} was given; the discriminator needs {SMALLEST_IMAGE} or more")

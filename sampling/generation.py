@@ -16,6 +16,7 @@ from utils.distributed import gather_rows
 from utils.images import to_signed, to_uint8
 from utils.rng import sample_normal
 
+PREVIEW_GUIDANCE = 4.0
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PREVIEW_BATCH = 8
 
@@ -146,6 +147,12 @@ def trajectory(
 
     states.append(sample_latents(sit, indices, labels, seed, config, watch))
     return torch.stack([decode_latents(vae, x_t, *latent_stats)[:shown].cpu() for x_t in states], dim=1)
+
+
+def preview_sampler(sit: SiT, path_type: str) -> SamplerConfig:
+    """How previews are drawn: Euler, with strong guidance where the model has a null label."""
+    guidance = PREVIEW_GUIDANCE if sit.null_label is not None else 1.0
+    return SamplerConfig(path_type=path_type, guidance_scale=guidance)
 
 
 @torch.no_grad()

@@ -4,13 +4,16 @@ import argparse
 import contextlib
 import json
 import logging
+import math
 import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -19,7 +22,7 @@ from tqdm import tqdm
 
 from dataset.order import batches, batches_per_epoch
 from training.trackers import open_trackers
-from utils.checkpoint import checkpoint_path, latest_step, write_checkpoint
+from utils.checkpoint import checkpoint_path, latest_step, read_checkpoint, write_checkpoint
 from utils.distributed import from_main, main_first, start_processes
 from utils.errors import InputError
 from utils.files import require_disk, require_writable, write_json
@@ -83,6 +86,12 @@ class Run:
                 stack.enter_context(module.no_sync())
         return stack
 
+    def to_device(self, *modules: nn.Module | None) -> None:
+        """Move modules to this process's device; None stands for one that the run does without."""
+        for module in modules:
+            if module is not None:
+                module.to(self.device)
+
     # ------------------------------------------------------------------ numerics
 
     def _set_numerics(self) -> None:
@@ -128,24 +137,56 @@ class Run:
             pin_memory=self.device.type == "cuda",
         )
 
-    def steps(self, data) -> tqdm:
-        """The steps that are left, counted from 0, as a progress bar; --epochs and --max-train-steps both end it."""
+    # ------------------------------------------------------------------ the loop
+
+    def steps(
+        self,
+        data,
+        *,
+        checkpoint: Callable[[int], dict],
+        evaluate: Callable[[], dict[str, float]] | None = None,
+        preview: Callable[[], dict[str, np.ndarray]] | None = None,
+    ) -> Iterator[int]:
+        """The steps that are left, counted from 0; after each of them, what is due is done.
+
+        The body of the loop trains one step and hands its scalars to `log`.
+
+        Args:
+            data: the data set, whose length makes an epoch; --epochs and --max-train-steps both end the run.
+            checkpoint: contents of the checkpoint after so many steps; called on rank 0.
+            evaluate: metrics, the same on every process; called on all of them.
+            preview: pictures uint8 (H, W, 3) by name; called on all processes, and rank 0's are kept.
+        """
         args = self.args
         in_epoch = max(batches_per_epoch(len(data), args.batch_size) // args.gradient_accumulation_steps, 1)
         self.total_steps = min(args.max_train_steps, args.epochs * in_epoch)
+        if evaluate is not None and self._lacks_evaluation(args.eval_steps):
+            self.log_evaluation(self.start_step, evaluate())
+
         steps = range(self.start_step, self.total_steps)
-        self._start_clock()
-        return tqdm(
+        self._progress = tqdm(
             steps, initial=self.start_step, total=self.total_steps, disable=not self.is_main, desc=args.exp_name
         )
+        for step in self._progress:
+            # The clock of `images_per_second` counts steps alone: not the checkpoints and evaluations between them.
+            self._clock = time.perf_counter()
+            yield step
 
-    def is_due(self, done: int, every: int) -> bool:
+            done = step + 1
+            if self._is_due(done, args.checkpointing_steps):
+                self.save(done, partial(checkpoint, done))
+            if evaluate is not None and self._is_due(done, args.eval_steps):
+                self.log_evaluation(done, evaluate())
+            if preview is not None and args.num_preview and self._is_due(done, args.sampling_steps):
+                self.log_pictures(done, preview())
+
+    def _is_due(self, done: int, every: int) -> bool:
         """Whether something that happens every so many steps, and at the end, happens after `done` steps."""
         return done % every == 0 or done == self.total_steps
 
-    def lacks_evaluation(self, every: int) -> bool:
+    def _lacks_evaluation(self, every: int) -> bool:
         """Whether the run goes on from a step whose evaluation is due but not on file: the job ended within it."""
-        if not (self.goes_on and self.is_due(self.start_step, every)):
+        if not (self.goes_on and self._is_due(self.start_step, every)):
             return False
         path = self.folder / "evaluations.jsonl"  # rank 0 wrote it; others may not see it as it is now
         rows = path.read_text().splitlines() if self.is_main and path.is_file() else []
@@ -185,6 +226,10 @@ class Run:
             raise InputError(f"--exp-name: {folder} exists already; give another name, --resume latest or --overwrite")
         if not (folder / "args.json").is_file():
             raise InputError(f"--overwrite: {folder} has no args.json, so it is no run folder and is left alone")
+
+    def checkpoint(self, need: tuple[str, ...]) -> dict | None:
+        """The checkpoint that the run resumes, with these entries at least; None for a fresh run."""
+        return read_checkpoint(self.resume_from, need=need) if self.resume_from else None
 
     def require_room(self, trained: list[nn.Module], copies: list[nn.Module]) -> None:
         """Refuse to start where not even one checkpoint fits: networks with two moments each, and copies without."""
@@ -241,68 +286,70 @@ class Run:
 
     # ------------------------------------------------------------------ what it reports
 
-    def log(self, step: int, scalars: dict[str, Tensor], progress: tqdm) -> None:
+    def log(self, step: int, scalars: dict[str, Tensor]) -> None:
         """Collect the scalars of a step; every --log-steps, and at every checkpoint, average and report them.
 
         The scalars stay on the device in between, and one collective a report brings all of them together.
+
+        Args:
+            step: as `steps` gives it, from 0; the row is that of step + 1 steps.
+            scalars: by name, of this process.
+
+        Raises:
+            FloatingPointError: a loss of the row is not finite.
         """
-        values = torch.stack(
-            [torch.as_tensor(value, device=self.device).detach().float() for value in scalars.values()]
-        )
+        tensors = [torch.as_tensor(value, device=self.device).detach().float() for value in scalars.values()]
+        values = torch.stack(tensors)
         self._window = values if self._window is None else self._window + values
         self._window_steps += 1
         self._window_seconds += time.perf_counter() - self._clock
-        self._start_clock()
+
         # A window also ends with a checkpoint: no loss that is not finite is saved, and a resumed run has equal rows.
-        if not (self.is_due(step, self.args.log_steps) or self.is_due(step, self.args.checkpointing_steps)):
+        args, done = self.args, step + 1
+        if not (self._is_due(done, args.log_steps) or self._is_due(done, args.checkpointing_steps)):
             return
         if self.world_size > 1:
             dist.all_reduce(self._window)
         means = (self._window / (self._window_steps * self.world_size)).tolist()
         row = dict(zip(scalars, means, strict=True))
-        images = self.args.batch_size * self.args.gradient_accumulation_steps * self._window_steps
+        images = args.batch_size * args.gradient_accumulation_steps * self._window_steps
         row["images_per_second"] = images / self._window_seconds
         if self.device.type == "cuda":
             row["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self._window, self._window_steps, self._window_seconds = None, 0, 0.0
+
         if self.is_main:
-            with (self.folder / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps({"step": step, **row}) + "\n")
-            for tracker in self.trackers:
-                tracker.log(row, step=step)
-            progress.set_postfix({key: f"{row[key]:.4f}" for key in PROGRESS_LOSSES if key in row})
+            self._append("metrics.jsonl", done, row)
+            self._progress.set_postfix({key: f"{row[key]:.4f}" for key in PROGRESS_LOSSES if key in row})
         losses = {key: value for key, value in row.items() if key.endswith("loss")}
-        if not all(torch.isfinite(torch.tensor(list(losses.values())))):
-            raise FloatingPointError(f"step {step}: a loss is not finite ({losses}); checkpoints before it are whole")
+        if not all(map(math.isfinite, losses.values())):
+            raise FloatingPointError(f"step {done}: a loss is not finite ({losses}); checkpoints before it are whole")
 
-    def _start_clock(self) -> None:
-        """Of `images_per_second`, which counts steps: not checkpoints, previews and evaluations between them."""
-        self._clock = time.perf_counter()
-
-    def log_evaluation(self, step: int, results: dict[str, float]) -> None:
+    def log_evaluation(self, done: int, results: dict[str, float]) -> None:
         """Metrics of an evaluation to `evaluations.jsonl`, the log and the tracker; on rank 0."""
-        self._start_clock()
-        if not self.is_main:
-            return
-        with (self.folder / "evaluations.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, **results}) + "\n")
-        logger.info("step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in results.items()))
-        for tracker in self.trackers:
-            tracker.log(results, step=step)
-
-    def log_image(self, step: int, name: str, image) -> None:
-        """A uint8 (H, W, 3) picture to `samples/` and to the tracker; on rank 0."""
-        save_png(image, self.folder / "samples" / f"{step:07d}-{name}.png")
-        for tracker in self.trackers:
-            tracker.log_images({name: image[None]}, step=step)
-        self._start_clock()
-
-    def save(self, step: int, contents: Callable[[], dict]) -> None:
-        """Write the checkpoint of a step, on rank 0; the others wait."""
         if self.is_main:
-            write_checkpoint(checkpoint_path(self.folder, step), contents())
+            self._append("evaluations.jsonl", done, results)
+            logger.info("step %d: %s", done, ", ".join(f"{name} {value:.4g}" for name, value in results.items()))
+
+    def log_pictures(self, done: int, pictures: dict[str, np.ndarray]) -> None:
+        """Pictures uint8 (H, W, 3) by name, to `samples/` and to the tracker; on rank 0, and the others wait."""
+        for name, picture in pictures.items() if self.is_main else ():
+            save_png(picture, self.folder / "samples" / f"{done:07d}-{name}.png")
+            for tracker in self.trackers:
+                tracker.log_images({name: picture[None]}, step=done)
         self.wait()
-        self._start_clock()
+
+    def save(self, done: int, contents: Callable[[], dict]) -> None:
+        """Write the checkpoint after so many steps, on rank 0; the others wait."""
+        if self.is_main:
+            write_checkpoint(checkpoint_path(self.folder, done), contents())
+        self.wait()
+
+    def _append(self, file: str, done: int, row: dict[str, float]) -> None:
+        with (self.folder / file).open("a") as lines:
+            lines.write(json.dumps({"step": done, **row}) + "\n")
+        for tracker in self.trackers:
+            tracker.log(row, step=done)
 
     def wait(self) -> None:
         if self.world_size > 1:
