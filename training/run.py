@@ -1,4 +1,4 @@
-"""A training run: its processes, its folder, its random draws, its log."""
+"""A training run: its processes, its numerics and random draws, its loop, and what it reports."""
 
 import argparse
 import contextlib
@@ -6,8 +6,6 @@ import json
 import logging
 import math
 import os
-import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -21,18 +19,18 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from dataset.order import batches, batches_per_epoch
+from training import run_folder
 from training.trackers import open_trackers
-from utils.checkpoint import checkpoint_path, latest_step, read_checkpoint, write_checkpoint
+from training.window import Window
+from utils.checkpoint import checkpoint_path, read_checkpoint, write_checkpoint
 from utils.distributed import from_main, main_first, start_processes
 from utils.errors import InputError
-from utils.files import require_disk, require_writable, write_json
+from utils.files import require_disk
 from utils.images import save_png
 from utils.rng import Draws
 
 logger = logging.getLogger(__name__)
 
-# What a run puts into its folder; `--overwrite` removes these and nothing else.
-RUN_FILES = ("args.json", "checkpoints", "samples", "metrics.jsonl", "evaluations.jsonl", "log.txt", "latents-stats.pt")
 PROGRESS_LOSSES = ("sit_loss", "vae_loss", "proj_loss", "reconstruction_loss")
 
 
@@ -53,16 +51,16 @@ class Run:
         self.is_main, self.device = self.accelerator.is_main_process, self.accelerator.device
         self.folder = Path(args.output_dir) / args.exp_name
         self.trackers = []
-        self._window, self._window_steps, self._window_seconds = None, 0, 0.0
+        self._window = Window(self.device)
         self._set_numerics()
         with main_first():
             if args.batch_size % self.world_size:
                 raise InputError(f"--batch-size: {args.batch_size} images do not divide by {self.world_size} processes")
-            self.start_step, self.resume_from = self._resume_point()
+            self.start_step, self.resume_from = run_folder.resume_point(args, self.folder)
             source = self.resume_from and self.resume_from.parent.parent
             self.goes_on = source is not None and source.resolve() == self.folder.resolve()
             if not self.goes_on:
-                self._check_folder_is_free()
+                run_folder.require_free(args, self.folder)
 
     # ------------------------------------------------------------------ processes
 
@@ -188,44 +186,11 @@ class Run:
         """Whether the run goes on from a step whose evaluation is due but not on file: the job ended within it."""
         if not (self.goes_on and self._is_due(self.start_step, every)):
             return False
-        path = self.folder / "evaluations.jsonl"  # rank 0 wrote it; others may not see it as it is now
+        path = self.folder / run_folder.EVALUATIONS  # rank 0 wrote it; others may not see it as it is now
         rows = path.read_text().splitlines() if self.is_main and path.is_file() else []
         return from_main(all(json.loads(row)["step"] != self.start_step for row in rows))
 
     # ------------------------------------------------------------------ the folder
-
-    def _resume_point(self) -> tuple[int, Path | None]:
-        args = self.args
-        if args.resume is not None and args.resume_step:
-            raise InputError("--resume and --resume-step were both given; one is needed")
-        if args.resume is not None and args.resume != "latest" and not args.resume.isdigit():
-            raise InputError(f"--resume: {args.resume!r} was given; 'latest' or a step is needed")
-        source = Path(args.continue_train_exp_dir or self.folder)
-        step = args.resume_step or args.resume
-        if step == "latest":
-            step = latest_step(source)
-            if step is None:  # so that a cluster job may always be started with --resume latest
-                return 0, None
-        if not step:
-            return 0, None
-        path = checkpoint_path(source, step)
-        if not path.is_file():
-            steps = sorted(file.stem for file in path.parent.glob("*.pt"))
-            raise InputError(f"--resume: {path} does not exist; checkpoints there: {', '.join(steps) or 'none'}")
-        return int(step), path
-
-    def _check_folder_is_free(self) -> None:
-        args, folder = self.args, self.folder
-        restarting = args.resume == "latest"  # an earlier job may have died before its first checkpoint
-        if folder.exists() and not folder.is_dir():
-            raise InputError(f"--exp-name: {folder} is a file")
-        require_writable(folder / "args.json", "--output-dir")
-        if not folder.exists() or not any(folder.iterdir()) or (restarting and (folder / "args.json").is_file()):
-            return
-        if not args.overwrite:
-            raise InputError(f"--exp-name: {folder} exists already; give another name, --resume latest or --overwrite")
-        if not (folder / "args.json").is_file():
-            raise InputError(f"--overwrite: {folder} has no args.json, so it is no run folder and is left alone")
 
     def checkpoint(self, need: tuple[str, ...]) -> dict | None:
         """The checkpoint that the run resumes, with these entries at least; None for a fresh run."""
@@ -239,57 +204,22 @@ class Run:
 
     def open_folder(self) -> None:
         """Make the folder, args.json, the log and the tracker. Everything that can be checked has been."""
-        args = self.args
         if self.is_main:
-            if args.overwrite and not self.goes_on:
-                for name in (*RUN_FILES, args.logging_dir):
-                    path = self.folder / name
-                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-            (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-            if self.goes_on and (self.folder / "args.json").is_file():
-                self._note_changes(json.loads((self.folder / "args.json").read_text()))
-            for unfinished in (self.folder / "checkpoints").glob("*.tmp-*"):  # of a job that was killed
-                unfinished.unlink()
-            write_json(self.folder / "args.json", vars(args))
-            self._forget_metrics_after(self.start_step)
-            self._open_log()
-            self.trackers = open_trackers(args, self.folder)
+            if self.goes_on:
+                self.notes += run_folder.changed_flags(self.folder, self.args, self.start_step)
+            elif self.args.overwrite:
+                run_folder.clear(self.folder, self.args.logging_dir)
+            run_folder.make(self.folder, self.args, self.start_step)
+            self._handlers = run_folder.open_log(self.folder)
+            self.trackers = open_trackers(self.args, self.folder)
             for note in self.notes:
                 logger.warning(note)
         self.wait()
-
-    def _note_changes(self, before: dict) -> None:
-        """Flags of the run's earlier part that have other values now, apart from those that say how it goes on."""
-        free = ("resume", "resume_step", "continue_train_exp_dir", "overwrite")
-        for key, value in vars(self.args).items():
-            if key not in free and key in before and before[key] != value:
-                self.notes.append(
-                    f"--{key.replace('_', '-')} was {before[key]} until step {self.start_step}; now {value}"
-                )
-
-    def _open_log(self) -> None:
-        root = logging.getLogger()
-        root.setLevel(logging.INFO)
-        self._handlers = [logging.FileHandler(self.folder / "log.txt"), logging.StreamHandler(sys.stderr)]
-        for handler in self._handlers:
-            handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-            root.addHandler(handler)
-        for noisy in ("httpx", "filelock", "PIL", "wandb"):
-            logging.getLogger(noisy).setLevel(logging.WARNING)
-
-    def _forget_metrics_after(self, step: int) -> None:
-        """A run that goes on from an earlier step writes the rows after it again."""
-        for path in filter(Path.is_file, (self.folder / "metrics.jsonl", self.folder / "evaluations.jsonl")):
-            lines = path.read_text().splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("\n")]  # a killed job may leave a part of one
-            path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
 
     # ------------------------------------------------------------------ what it reports
 
     def log(self, step: int, scalars: dict[str, Tensor]) -> None:
         """Collect the scalars of a step; every --log-steps, and at every checkpoint, average and report them.
-
-        The scalars stay on the device in between, and one collective a report brings all of them together.
 
         Args:
             step: as `steps` gives it, from 0; the row is that of step + 1 steps.
@@ -298,28 +228,17 @@ class Run:
         Raises:
             FloatingPointError: a loss of the row is not finite.
         """
-        tensors = [torch.as_tensor(value, device=self.device).detach().float() for value in scalars.values()]
-        values = torch.stack(tensors)
-        self._window = values if self._window is None else self._window + values
-        self._window_steps += 1
-        self._window_seconds += time.perf_counter() - self._clock
-
+        self._window.add(scalars, time.perf_counter() - self._clock)
         # A window also ends with a checkpoint: no loss that is not finite is saved, and a resumed run has equal rows.
         args, done = self.args, step + 1
         if not (self._is_due(done, args.log_steps) or self._is_due(done, args.checkpointing_steps)):
             return
-        if self.world_size > 1:
-            dist.all_reduce(self._window)
-        means = (self._window / (self._window_steps * self.world_size)).tolist()
-        row = dict(zip(scalars, means, strict=True))
-        images = args.batch_size * args.gradient_accumulation_steps * self._window_steps
-        row["images_per_second"] = images / self._window_seconds
+
+        row = self._window.close(images_per_step=args.batch_size * args.gradient_accumulation_steps)
         if self.device.type == "cuda":
             row["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        self._window, self._window_steps, self._window_seconds = None, 0, 0.0
-
         if self.is_main:
-            self._append("metrics.jsonl", done, row)
+            self._append(run_folder.METRICS, done, row)
             self._progress.set_postfix({key: f"{row[key]:.4f}" for key in PROGRESS_LOSSES if key in row})
         losses = {key: value for key, value in row.items() if key.endswith("loss")}
         if not all(map(math.isfinite, losses.values())):
@@ -328,7 +247,7 @@ class Run:
     def log_evaluation(self, done: int, results: dict[str, float]) -> None:
         """Metrics of an evaluation to `evaluations.jsonl`, the log and the tracker; on rank 0."""
         if self.is_main:
-            self._append("evaluations.jsonl", done, results)
+            self._append(run_folder.EVALUATIONS, done, results)
             logger.info("step %d: %s", done, ", ".join(f"{name} {value:.4g}" for name, value in results.items()))
 
     def log_pictures(self, done: int, pictures: dict[str, np.ndarray]) -> None:

@@ -1,0 +1,108 @@
+"""A run's folder: whether it may be taken, which checkpoint in it is resumed, and what is made in it."""
+
+import argparse
+import json
+import logging
+import shutil
+import sys
+from pathlib import Path
+
+from utils.checkpoint import checkpoint_path, latest_step
+from utils.errors import InputError
+from utils.files import require_writable, write_json
+
+METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
+# What a run puts into its folder; `--overwrite` removes these, the tracker's folder and nothing else.
+RUN_FILES = ("args.json", "checkpoints", "samples", METRICS, EVALUATIONS, "log.txt", "latents-stats.pt")
+# How a run goes on may differ from how it began.
+FREE_TO_CHANGE = ("resume", "resume_step", "continue_train_exp_dir", "overwrite")
+
+
+def resume_point(args: argparse.Namespace, folder: Path) -> tuple[int, Path | None]:
+    """The step that the run starts from, and its checkpoint; (0, None) for a fresh run.
+
+    Raises:
+        InputError: the flags contradict each other, or name a checkpoint that does not exist.
+    """
+    if args.resume is not None and args.resume_step:
+        raise InputError("--resume and --resume-step were both given; one is needed")
+    if args.resume is not None and args.resume != "latest" and not args.resume.isdigit():
+        raise InputError(f"--resume: {args.resume!r} was given; 'latest' or a step is needed")
+    source = Path(args.continue_train_exp_dir or folder)
+    step = args.resume_step or args.resume
+    if step == "latest":
+        step = latest_step(source)  # None: a cluster job may always be started with --resume latest
+    if not step:
+        return 0, None
+    path = checkpoint_path(source, step)
+    if not path.is_file():
+        steps = sorted(file.stem for file in path.parent.glob("*.pt"))
+        raise InputError(f"--resume: {path} does not exist; checkpoints there: {', '.join(steps) or 'none'}")
+    return int(step), path
+
+
+def require_free(args: argparse.Namespace, folder: Path) -> None:
+    """Refuse a folder that a fresh run may not take.
+
+    Raises:
+        InputError: it holds something, and neither `--overwrite` nor `--resume latest` says that it may.
+    """
+    restarting = args.resume == "latest"  # an earlier job may have died before its first checkpoint
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--exp-name: {folder} is a file")
+    require_writable(folder / "args.json", "--output-dir")
+    if not folder.exists() or not any(folder.iterdir()) or (restarting and (folder / "args.json").is_file()):
+        return
+    if not args.overwrite:
+        raise InputError(f"--exp-name: {folder} exists already; give another name, --resume latest or --overwrite")
+    if not (folder / "args.json").is_file():
+        raise InputError(f"--overwrite: {folder} has no args.json, so it is no run folder and is left alone")
+
+
+def clear(folder: Path, logging_dir: str) -> None:
+    """Remove an earlier run of this name, and nothing else."""
+    for name in (*RUN_FILES, logging_dir):
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def make(folder: Path, args: argparse.Namespace, start_step: int) -> None:
+    """The folder of a run that starts or goes on from this step."""
+    checkpoints = folder / "checkpoints"
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    for unfinished in checkpoints.glob("*.tmp-*"):  # of a job that was killed
+        unfinished.unlink()
+    write_json(folder / "args.json", vars(args))
+    _forget_rows_after(folder, start_step)
+
+
+def changed_flags(folder: Path, args: argparse.Namespace, start_step: int) -> list[str]:
+    """Notes on flags that had other values in the run's earlier part."""
+    file = folder / "args.json"
+    before = json.loads(file.read_text()) if file.is_file() else {}
+    return [
+        f"--{key.replace('_', '-')} was {before[key]} until step {start_step}; now {value}"
+        for key, value in vars(args).items()
+        if key not in FREE_TO_CHANGE and key in before and before[key] != value
+    ]
+
+
+def _forget_rows_after(folder: Path, step: int) -> None:
+    """A run that goes on from an earlier step writes the rows after it again."""
+    for path in filter(Path.is_file, (folder / METRICS, folder / EVALUATIONS)):
+        lines = path.read_text().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]  # a killed job may leave a part of one
+        path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+
+
+def open_log(folder: Path) -> list[logging.Handler]:
+    """Messages go to `log.txt` and to stderr; returns the handlers, for whoever ends the run."""
+    root = logging.getLogger()
+    root.setLevel(logging.INFO)
+    handlers = [logging.FileHandler(folder / "log.txt"), logging.StreamHandler(sys.stderr)]
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        root.addHandler(handler)
+    for noisy in ("httpx", "filelock", "PIL", "wandb"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    return handlers
