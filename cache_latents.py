@@ -38,12 +38,11 @@ def main(argv: list[str] | None = None) -> None:
     processes = start_processes()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
+    # What can be refused is refused before anything is written; a finished cache stays as it is.
     with main_first():
         if Path(args.vae_latents_name).name != args.vae_latents_name:
-            raise InputError(
-                f"--vae-latents-name: {args.vae_latents_name!r} was given; a name without folders is needed "
-                "(see --output-dir)"
-            )
+            needed = "a name without folders is needed (see --output-dir)"
+            raise InputError(f"--vae-latents-name: {args.vae_latents_name!r} was given; {needed}")
         data = ImageData(args.data_dir)
         vae = load_vae(args.vae_arch, args.vae_ckpt_path, flags=("--vae-arch", "--vae-ckpt-path"))
         stored = latent_statistics(args.vae_ckpt_path, vae, flag="--vae-ckpt-path")
@@ -54,6 +53,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{cache.array_path} is there already, of this VAE and this data set")
         return
 
+    # Encode what is missing, each process its blocks.
     started = time.perf_counter()
     cache.open()
     blocks = cache.missing_blocks(args.pproc_batch_size)
@@ -62,6 +62,8 @@ def main(argv: list[str] | None = None) -> None:
     with about("--vae-ckpt-path"):
         encode_blocks(vae.to(processes.device), data, mine, cache, args, show=processes.is_main_process)
         processes.wait_for_everyone()
+
+        # The latent statistics: those stored with the VAE, else measured on the whole cache, by all together.
         scale, bias = stored or cache.statistics()
     if processes.is_main_process:
         cache.finish(latents_scale=scale.flatten().tolist(), latents_bias=bias.flatten().tolist())
@@ -74,10 +76,8 @@ def describe(args, vae, data: ImageData) -> dict:
     """The cache's JSON, without the statistics."""
     factor = downsampling(vae)
     if data.resolution % factor:
-        raise InputError(
-            f"--vae-arch: {args.vae_arch} needs images of a multiple of {factor} pixels; those in {args.data_dir} have "
-            f"{data.resolution}"
-        )
+        needed = f"needs images of a multiple of {factor} pixels"
+        raise InputError(f"--vae-arch: {args.vae_arch} {needed}; those in {args.data_dir} have {data.resolution}")
     side = data.resolution // factor
     return {
         "name": args.vae_latents_name,

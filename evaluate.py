@@ -58,6 +58,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Refuse what cannot be meant, before anything is read."""
+    # A flag that nothing would read.
     for flag, given, fits in (
         ("--inception-weights", args.inception_weights, args.features == "inception"),
         ("--enc-ckpt", args.enc_ckpt, args.features not in ("inception", "none")),
@@ -71,6 +72,8 @@ def check_flags(args: argparse.Namespace) -> None:
             raise InputError(f"{flag}: {getattr(args, name)} was given; it {rule} with --reconstruct")
     if args.lpips_weights and not args.lpips:
         raise InputError(f"--lpips-weights: {args.lpips_weights} was given, but --no-lpips does not read it")
+
+    # What each mode needs.
     if args.reconstruct:
         if not args.vae_ckpt or len(args.vae_ckpt) > 2:
             raise InputError(f"--vae-ckpt: {len(args.vae_ckpt or [])} VAEs were given; --reconstruct needs one or two")
@@ -107,6 +110,8 @@ def evaluate_samples(args: argparse.Namespace, device: torch.device) -> None:
     with main_first():
         samples, size = open_samples(args)
         network = load_network(args, size).to(device)
+
+    # The reference: read, or extracted and saved for the next time.
     with about("--reference"):
         reference = read_reference(args.reference, network, size, device, batch_size=args.batch_size)
     if args.save_stats and rank() == 0:
@@ -114,8 +119,11 @@ def evaluate_samples(args: argparse.Namespace, device: torch.device) -> None:
         print(f"the statistics of {args.reference} are in {args.save_stats}")
     if samples is None:
         return
+
+    # The samples against it.
     found = extract(samples, network, device, batch_size=args.batch_size, description="samples")
     results = compare(found, reference, network, device)
+
     if rank() == 0:
         output = Path(args.output or beside(args.samples, f"vs-{Path(args.reference).stem}-{network.label}"))
         about_run = {
@@ -170,6 +178,8 @@ def evaluate_reconstruction(args: argparse.Namespace, device: torch.device) -> N
         lpips = load_lpips(args.lpips_weights) if args.lpips else None
     for module in filter(None, (*vaes.values(), network, lpips)):
         module.to(device)
+
+    # The originals' features once, then each VAE against them.
     originals = None
     if network is not None:
         originals = extract(source, network, device, batch_size=args.batch_size, keep=NOTHING, description="originals")
@@ -179,6 +189,7 @@ def evaluate_reconstruction(args: argparse.Namespace, device: torch.device) -> N
             results[name] = measure_reconstruction(
                 vae, source, device, batch_size=args.batch_size, network=network, originals=originals, lpips=lpips
             )
+
     if rank() == 0:
         output = Path(args.output or beside(args.vae_ckpt[-1], "reconstruction"))
         about_run = {
@@ -227,9 +238,8 @@ def report(results: dict[str, dict[str, float]], about_run: dict, output: Path, 
     """Print the numbers of each subject, and write them as JSON."""
     seconds = time.perf_counter() - start
     values = next(iter(results.values())) if len(results) == 1 else {"results": results}
-    write_json(
-        output, values | about_run | {"processes": world_size(), "seconds": seconds, "torch": str(torch.__version__)}
-    )
+    machine = {"processes": world_size(), "seconds": seconds, "torch": str(torch.__version__)}
+    write_json(output, values | about_run | machine)
     for subject, numbers in results.items():
         print(f"{subject} ({about_run['count']} images)")
         for name, value in numbers.items():

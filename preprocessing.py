@@ -31,6 +31,7 @@ def main(argv=None):
     root, output = Path(args.imagenet_path), Path(args.output_path)
     started = time.perf_counter()
 
+    # Which files, and their labels; then the data folder, which appears whole or not at all.
     check_output(output, root, args.overwrite)
     files, labels, class_names = list_images(root)
     files, labels = files[: args.max_images], labels[: args.max_images]
@@ -50,6 +51,7 @@ def main(argv=None):
         print("interrupted; nothing was written", file=sys.stderr)
         sys.exit(130)
 
+    # What came of it.
     for entry in skipped[:10]:
         print(f"skipped {entry['file']}: {entry['reason']}", file=sys.stderr)
     if len(skipped) > 10:

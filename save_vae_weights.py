@@ -33,27 +33,27 @@ def latent_statistics_of(ema: dict, path: Path) -> tuple[torch.Tensor, torch.Ten
 def main(argv: list[str] | None = None) -> None:
     args = save_vae_parser().parse_args(argv)
     path = Path(args.repae_ckpt)
+
+    # Read and check, before anything is written.
     if Path(args.vae_name).name != args.vae_name:
         raise InputError(f"--vae-name: {args.vae_name!r} was given; a name without folders is needed (see --save-dir)")
     if not args.overwrite:
         require_new_vae_files(args.save_dir, args.vae_name)
     with about("--repae-ckpt"):
         if not path.is_file():
-            raise InputError(
-                f"{path} does not exist; a run of train_repae.py has checkpoints/<step>.pt, and "
-                "`hf download REPA-E/sit-repae-vavae` a public one"
-            )
+            public = "`hf download REPA-E/sit-repae-vavae` a public one"
+            raise InputError(f"{path} does not exist; a run of train_repae.py has checkpoints/<step>.pt, and {public}")
         checkpoint = read_checkpoint(path)
         if "vae" not in checkpoint:
             raise InputError(f"{path} holds no VAE: it is a checkpoint of train_ldm_only.py, whose VAE is frozen")
         vae = vae_of_checkpoint(checkpoint, path, args.vae)
         scale, bias = latent_statistics_of(checkpoint["ema"], path)
         if scale.numel() != vae.config.latent_channels:
-            raise InputError(
-                f"{path}: ema normalises {scale.numel()} channels; its VAE has {vae.config.latent_channels}"
-            )
+            found = f"ema normalises {scale.numel()} channels"
+            raise InputError(f"{path}: {found}; its VAE has {vae.config.latent_channels}")
     discriminator = checkpoint.get("discriminator")
 
+    # The VAE is written twice, under LDM keys and for diffusers.
     weights = [*vae.state_dict().values(), *vae.state_dict().values(), *(discriminator or {}).values()]
     size = sum(tensor.numel() * tensor.element_size() for tensor in weights)
     require_disk(args.save_dir, size, "--save-dir: the VAE's files")

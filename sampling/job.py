@@ -66,9 +66,8 @@ class SamplingJob:
         except FloatingPointError:
             fp16 = self.sampler.precision == "fp16"
             reason = "they left fp16's range: --precision bf16" if fp16 else "look at its training"
-            raise InputError(
-                f"--exp-path: {self.model.checkpoint} gives samples that are not finite ({reason})"
-            ) from None
+            found = f"{self.model.checkpoint} gives samples that are not finite"
+            raise InputError(f"--exp-path: {found} ({reason})") from None
         return images.permute(0, 2, 3, 1).cpu().numpy()
 
     def trajectory(self, indices: range, shown: int) -> Tensor:
@@ -132,10 +131,8 @@ def sampling_job(args: argparse.Namespace, model: TrainedRun) -> SamplingJob:
         InputError: options that this model cannot serve.
     """
     if args.cfg_scale > 1 and model.sit.null_label is None:
-        raise InputError(
-            f"--cfg-scale: {args.cfg_scale} was given; 1 is needed by this model, which was trained "
-            "without label dropping (--cfg-prob 0) and has no null label"
-        )
+        model_has = "which was trained without label dropping (--cfg-prob 0) and has no null label"
+        raise InputError(f"--cfg-scale: {args.cfg_scale} was given; 1 is needed by this model, {model_has}")
     path_type = model.args.get("path_type", args.path_type)
     if args.mode == "sde" and path_type != args.path_type:  # along the ODE the velocity alone counts
         raise InputError(f"--path-type: {args.path_type} was given; this model was trained with {path_type}")

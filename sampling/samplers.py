@@ -108,9 +108,11 @@ def euler_maruyama(
         v = guided(x, t, t)
         diffusion = 2 * t
         t_like_x = torch.full((), t, dtype=x.dtype, device=x.device)  # made there: a copy would wait for the device
+
+        # Backwards in time the drift is the velocity minus half the diffusion times the score (SiT, eq. 10).
         drift = v - 0.5 * diffusion * score_from_velocity(v, x, t_like_x, path_type)
         x = x + (t_next - t) * drift
-        if t_next > 0:
+        if t_next > 0:  # the last step is noiseless
             x = x + (diffusion * (t - t_next)) ** 0.5 * step_noise(i).double()
     return x
 
