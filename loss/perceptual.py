@@ -23,17 +23,21 @@ def load_lpips(weights: str | Path | None = None, *, flag: str = "--lpips-weight
     Raises:
         InputError: the file is missing, unreadable or not a vgg16; or there is none and no way to download it.
     """
+    # The trunk is torchvision's VGG16.
     path = _downloaded(flag) if weights is None else Path(weights)
     if not path.is_file():
         raise InputError(f"{flag}: {path} does not exist; {_where_to_put_it(flag)}")
     with about(flag):
         trunk = read_torch_file(path)
 
+    # The network, without weights yet: no download, and no draw from torch's global generator.
     import lpips  # late: it pulls in torchvision and scipy, and a perceptual weight of 0 needs none of it
 
-    with torch.device("meta"), warnings.catch_warnings():  # no random weights, no draw from the global generator
+    with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # lpips still says `pretrained=` to torchvision
         network = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
+
+    # Weights: trunk from the file, calibration ("lin" layers) from the package, and the scaling of its constructor.
     packaged = Path(lpips.__file__).parent / "weights/v0.1/vgg.pth"
     calibration = torch.load(packaged, map_location="cpu", weights_only=True)
     state = {"scaling_layer.shift": network.scaling_layer.shift, "scaling_layer.scale": network.scaling_layer.scale}
