@@ -1,6 +1,5 @@
 """LPIPS (arXiv 1801.03924), the `lpips` package's own network, with the VGG16 trunk loaded from a named file."""
 
-import os
 import warnings
 from pathlib import Path
 
@@ -8,9 +7,11 @@ import torch
 from torch import nn
 
 from utils.errors import InputError, about
+from utils.hub import cache_path, download, fetch_once
 from utils.torch_files import read_torch_file
 
 VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"  # torchvision, IMAGENET1K_V1, 528 MB
+VGG16_SHA256 = "397923af"  # its beginning
 
 
 def load_lpips(weights: str | Path | None = None, *, flag: str = "--lpips-weights") -> nn.Module:
@@ -61,30 +62,15 @@ def _trunk_tensor(trunk: dict, key: str, shape: torch.Size, where: str) -> torch
 
 def _downloaded(flag: str) -> Path:
     """The trunk in torch's hub cache; when absent, downloaded by one process while the others wait for it."""
-    path = _cached()
-    if path.is_file():
-        return path
-    from filelock import FileLock
-
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):
-            if not path.is_file():
-                progress = int(os.environ.get("LOCAL_RANK", 0)) == 0
-                torch.hub.download_url_to_file(VGG16_URL, str(path), hash_prefix="397923af", progress=progress)
-    except (OSError, RuntimeError) as error:  # RuntimeError: the hash of what came is another
-        raise InputError(
-            f"LPIPS needs VGG16, and it cannot be downloaded ({error}); {_where_to_put_it(flag)}"
-        ) from None
-    return path
-
-
-def _cached() -> Path:
-    return Path(torch.hub.get_dir(), "checkpoints", Path(VGG16_URL).name)
+        return fetch_once(VGG16_URL, lambda path: download(VGG16_URL, path, VGG16_SHA256))
+    except (OSError, RuntimeError) as error:
+        problem = f"LPIPS needs VGG16, and it cannot be downloaded ({error})"
+        raise InputError(f"{problem}; {_where_to_put_it(flag)}") from None
 
 
 def _where_to_put_it(flag: str) -> str:
     return (
-        f"fetch {VGG16_URL} (528 MB) and put it at {_cached()} or name it with {flag}; "
+        f"fetch {VGG16_URL} (528 MB) and put it at {cache_path(VGG16_URL)} or name it with {flag}; "
         "perceptual_weight: 0 in the loss configuration needs none"
     )
