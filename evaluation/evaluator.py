@@ -77,6 +77,7 @@ class FeatureStream:
             self._waiting = [(images[whole:], indices[whole:])] if whole < len(images) else []
 
     def _extract(self, images: Tensor, indices: Tensor) -> None:
+        """One batch through the network, its features into the sums; at most `batch_size` images."""
         count = len(images)
         if count < self.batch_size:
             images = torch.cat([images, images[-1:].expand(self.batch_size - count, -1, -1, -1)])
@@ -98,6 +99,8 @@ class FeatureStream:
         if self._waiting:
             self._extract(*(torch.cat(parts) for parts in zip(*self._waiting, strict=True)))
             self._waiting = []
+
+        # The sums of all processes, from here on the same on each.
         for statistics in filter(None, (self.pool, self.spatial)):
             for tensor in statistics.tensors():
                 all_sum(tensor)
@@ -109,11 +112,14 @@ class FeatureStream:
                 )
             if count < 2:
                 raise InputError(f"{count} images were given; a covariance needs two at least")
+
+        # The kept features of all processes, in the order of the images.
         features = torch.cat(self._features) if self._features else torch.empty(0, self.network.dim)
         indices = torch.cat(self._indices) if self._indices else torch.empty(0, dtype=torch.int64)
         features, indices = gather_rows(features), gather_rows(indices)
         order = indices.argsort()
         assert (indices[order].diff() > 0).all(), "an image was added twice"
+
         pool, spatial = (
             None if statistics is None else tuple(moment.cpu() for moment in statistics.moments())
             for statistics in (self.pool, self.spatial)
@@ -166,10 +172,13 @@ def compare(samples: FeatureSet, reference: FeatureSet, network: nn.Module, devi
     Raises:
         InputError: too few images for the k-th neighbour.
     """
+    # Names: FID and its kin belong to Inception's space; elsewhere a number carries the label of its space.
     inception = network.label == "inception"
     suffix = "" if inception else f"_{network.label}"
     warn_if_few("samples", samples.count, network.dim)
     warn_if_few("reference", reference.count, network.dim)
+
+    # From moments and from Inception's classifier: on rank 0, which has them all.
     results = {}
     if rank() == 0:
         results["fid" if inception else f"fd{suffix}"] = frechet_distance(*samples.pool, *reference.pool)
@@ -177,10 +186,12 @@ def compare(samples: FeatureSet, reference: FeatureSet, network: nn.Module, devi
             results["sfid"] = frechet_distance(*samples.spatial, *reference.spatial)
         if inception:
             results |= _inception_score(samples.features, network, device)
+
+    # From all pairs of features: shared out to the processes.
     if reference.features is not None:
         for form, half in (("", False), ("_adm", True)) if inception else (("", False),):
             names = (f"precision{form}{suffix}", f"recall{form}{suffix}")
-            values = _precision_recall(reference.features, samples.features, device, half)  # by all together
+            values = _precision_recall(reference.features, samples.features, device, half)
             results |= zip(names, values, strict=True)
     return from_main(results)
 
@@ -208,11 +219,8 @@ def require_neighbours(what: str, count: int) -> None:
 
 
 def warn_if_few(what: str, count: int | None, dim: int) -> None:
+    """Say, on rank 0, that a Frechet distance from so few images is biased."""
     if count is not None and count <= dim and rank() == 0:
-        logger.warning(
-            "%s: %d images for %d dimensions: the covariance is singular, and the distance far larger than from many "
-            "images; compare it only with distances from equally many",
-            what,
-            count,
-            dim,
-        )
+        problem = "the covariance is singular, and the distance far larger than from many images"
+        advice = "compare it only with distances from equally many"
+        logger.warning("%s: %d images for %d dimensions: %s; %s", what, count, dim, problem, advice)
