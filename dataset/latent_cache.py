@@ -37,9 +37,8 @@ class LatentCache:
     def __init__(self, path: str | os.PathLike, description: dict):
         self.description = description
         self.array_path, self.json_path = Path(f"{path}.npy"), Path(f"{path}.json")
-        self.part_array, self.part_done, self.part_json = (
-            Path(f"{path}.{kind}.tmp-cache") for kind in ("npy", "done", "json")
-        )
+        parts = [Path(f"{path}.{kind}.tmp-cache") for kind in ("npy", "done", "json")]
+        self.part_array, self.part_done, self.part_json = parts
         self._rows = self._done = None  # from `open` on: the array, mapped; which rows were finished then
         self._done_offset = 0  # of the marks in their file, behind the header
         self._unflushed: list[tuple[int, int]] = []  # rows written and not yet marked: the first, and how many

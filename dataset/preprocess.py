@@ -311,6 +311,7 @@ class _Turns:
         self.row = context.Value("q", 0, lock=False)
 
     def take(self, chunk: int, rows: int) -> int:
+        """The first row of a chunk that has so many readable images, once all chunks before it have taken theirs."""
         # No deadlock: chunks are handed out in order, so that all earlier ones are done or at work.
         with self.condition:
             self.condition.wait_for(lambda: self.chunk.value == chunk)

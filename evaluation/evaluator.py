@@ -101,15 +101,14 @@ class FeatureStream:
             self._waiting = []
 
         # The sums of all processes, from here on the same on each.
-        for statistics in filter(None, (self.pool, self.spatial)):
-            for tensor in statistics.tensors():
-                all_sum(tensor)
+        spaces = [statistics for statistics in (self.pool, self.spatial) if statistics is not None]
+        for tensor in [tensor for statistics in spaces for tensor in statistics.tensors()]:
+            all_sum(tensor)
         count = int(self.pool.count)
         with main_first():  # all have the same sums: rank 0 speaks
-            if not all(sums.outer.isfinite().all() for sums in filter(None, (self.pool, self.spatial))):
-                raise InputError(
-                    f"the {self.network.label} features of some image are not finite: its weights are damaged"
-                )
+            if not all(statistics.outer.isfinite().all() for statistics in spaces):
+                problem = f"the {self.network.label} features of some image are not finite"
+                raise InputError(f"{problem}: its weights are damaged")
             if count < 2:
                 raise InputError(f"{count} images were given; a covariance needs two at least")
 
@@ -120,11 +119,8 @@ class FeatureStream:
         order = indices.argsort()
         assert (indices[order].diff() > 0).all(), "an image was added twice"
 
-        pool, spatial = (
-            None if statistics is None else tuple(moment.cpu() for moment in statistics.moments())
-            for statistics in (self.pool, self.spatial)
-        )
-        return FeatureSet(count, pool, spatial, features[order])
+        pool, *spatial = [tuple(moment.cpu() for moment in statistics.moments()) for statistics in spaces]
+        return FeatureSet(count, pool, spatial[0] if spatial else None, features[order])
 
 
 def extract(

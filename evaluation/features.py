@@ -74,7 +74,7 @@ class DINOv2ClassToken(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, None]:
         pixels = F.interpolate(images.float(), size=(STEIN_SIZE, STEIN_SIZE), mode="bicubic", antialias=True) / 255
-        return self.network.forward_features((pixels - self.mean) / self.std)[:, 0], None
+        return self.network.forward_features((pixels - self.mean) / self.std)[:, 0], None  # (B, D)
 
 
 def dinov2_positions(positions: Tensor, grid: int) -> Tensor:
@@ -101,7 +101,7 @@ class MeanToken(nn.Module):
         self.dim = self.encoder.embed_dim
 
     def forward(self, images: Tensor) -> tuple[Tensor, None]:
-        return self.encoder(images).mean(1), None
+        return self.encoder(images).mean(1), None  # (B, D)
 
 
 @contextlib.contextmanager

@@ -72,10 +72,8 @@ def _root_trace(cov_1: torch.Tensor, cov_2: torch.Tensor) -> torch.Tensor:
 
     # Zero eigenvalues come out as about 1e-16 of the largest, and their roots as 1e-8, thousands of times. Singular
     # values need no root; they take longer.
-    a, b = (
-        _eigen_factor(covariance) if factor is None else factor
-        for covariance, factor in zip((cov_1, cov_2), factors, strict=True)
-    )
+    a = _eigen_factor(cov_1) if factors[0] is None else factors[0]
+    b = _eigen_factor(cov_2) if factors[1] is None else factors[1]
     return torch.linalg.svdvals(a.T @ b).sum()
 
 

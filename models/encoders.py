@@ -156,9 +156,8 @@ def parse_encoder_list(enc_type: str | None, enc_ckpt: str | None = None) -> lis
             raise InputError(f"--enc-type: {name!r} was given; choose from {', '.join(ENCODERS)}, timm:NAME, or None")
     files = [file.strip() or None for file in enc_ckpt.split(",")] if enc_ckpt else [None] * len(names)
     if len(files) != len(names):
-        raise InputError(
-            f"--enc-ckpt: {len(files)} file(s) were given; --enc-type {enc_type} needs {len(names)}, one per encoder"
-        )
+        needed = f"--enc-type {enc_type} needs {len(names)}, one per encoder"
+        raise InputError(f"--enc-ckpt: {len(files)} file(s) were given; {needed}")
     return list(zip(names, files, strict=True))
 
 
@@ -346,9 +345,8 @@ def _download(name: str) -> Path | str:
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(prog="python -m models.encoders", description="The frozen encoders and their weights.")
-    parser.add_argument(
-        "action", choices=["list", "download"], help="list the public encoders, or fetch weights ahead of a run"
-    )
+    actions = "list the public encoders, or fetch weights ahead of a run"
+    parser.add_argument("action", choices=["list", "download"], help=actions)
     parser.add_argument("names", nargs="*", metavar="NAME", help="what to download, as in --enc-type")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -212,7 +212,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).unsqueeze(1).chunk(2, dim=-1)
+        shift, scale = self.adaLN_modulation(c).unsqueeze(1).chunk(2, dim=-1)  # (B, 1, D) each
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
@@ -226,9 +226,8 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, hidden_size: int, num_frequencies: int = 128):
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(2 * num_frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
+        into, out = nn.Linear(2 * num_frequencies, hidden_size), nn.Linear(hidden_size, hidden_size)
+        self.mlp = nn.Sequential(into, nn.SiLU(), out)
         exponents = torch.arange(num_frequencies, dtype=torch.float32) / num_frequencies
         self.register_buffer("frequencies", torch.exp(-math.log(10000) * exponents), persistent=False)
 

@@ -122,10 +122,9 @@ def load_vae(arch: str, path: str | Path, *, flags: tuple[str, str] = ("--vae", 
             return vae_from_state(_read_state(path), arch, str(path), wanted)
         if arch == "auto" and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.parent.exists():
             return _from_pretrained(path)
-        raise InputError(
-            f"{path} does not exist; public ones: `hf download REPA-E/sdvae` (f8d4), REPA-E/e2e-vavae (f16d32), "
-            f"or {flags[0]} auto {flags[1]} stabilityai/sd-vae-ft-mse; see 'VAE' in README.md"
-        )
+        public = "`hf download REPA-E/sdvae` (f8d4), REPA-E/e2e-vavae (f16d32)"
+        auto = f"{flags[0]} auto {flags[1]} stabilityai/sd-vae-ft-mse"
+        raise InputError(f"{path} does not exist; public ones: {public}, or {auto}; see 'VAE' in README.md")
 
 
 def vae_from_state(state: Mapping, config: str | Mapping, what: str, wanted: str) -> AutoencoderKL:
@@ -338,6 +337,7 @@ def latent_statistics(
     Raises:
         InputError: the stored statistics are unreadable, of another channel count, or not positive and finite.
     """
+    # Beside the file, or in the folder's configuration.
     path = Path(path)
     stored = path.with_name(f"{path.stem}-latents-stats.pt")
     if path.is_file() and stored.is_file():

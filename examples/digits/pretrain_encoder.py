@@ -113,6 +113,7 @@ def main(argv=None):
     options = dict(steps=args.steps, batch_size=args.batch_size, seed=args.seed)
     for step, loss in train(model, pixels[~held_out], labels[~held_out], **options):
         print(f"step {step:4d}  loss {loss:.3f}  {time.perf_counter() - start:4.0f} s", flush=True)
+
     save_encoder(model, args.out, pixels.shape[-1])
     right = accuracy(model, pixels[held_out], labels[held_out])
     print(f"held-out accuracy {right:.1%} of {int(held_out.sum())} images; encoder in {args.out}")

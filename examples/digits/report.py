@@ -172,11 +172,14 @@ def main(argv=None):
     parser.add_argument("--folder", type=Path, default=Path("build/digits"), help="what run.sh filled")
     folder = parser.parse_args(argv).folder
 
+    # What run.sh left.
     seconds = read_seconds(folder)
     metrics = {stage: read_metrics(folder / STAGES[stage][0]) for stage in STAGES if stage.startswith("train_")}
     real = read_real(folder / "data")
     repae_file, repae_distance, *repae = read_samples(folder / "samples", "repae")
     ldm_file, ldm_distance, *ldm = read_samples(folder / "samples", "ldm")
+
+    # The pictures.
     real_share, shares = read_by_judge(real, [repae, ldm])
 
     titles = (
@@ -186,6 +189,8 @@ def main(argv=None):
     )
     sheets = {title: class_sheet(*images) for title, images in zip(titles, (real, repae, ldm), strict=True)}
     draw(folder, metrics, sheets)
+
+    # The numbers.
     print_table(folder, seconds, metrics)
     judge, space = "a support vector machine trained on real pixels", "the real digits in the encoder's space"
     print(f"Read as their class by {judge}, and the Frechet distance to {space}:")

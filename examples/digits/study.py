@@ -174,9 +174,8 @@ def table(results: dict[str, list[dict]], steps: int, held_out: float) -> str:
             spread = f" ({statistics.stdev(values):{form}})" if seeds > 1 else ""
             cells.append(f"{statistics.mean(values):{form}}{spread}")
         minutes = statistics.mean(run["seconds"] for run in runs) / 60
-        rows.append(
-            f"| {method:12} | {cells[0]:>16} | {cells[1]:>15} | {cells[2]:>12} | {minutes:.1f} | {METHODS[method]} |"
-        )
+        numbers = f"{cells[0]:>16} | {cells[1]:>15} | {cells[2]:>12} | {minutes:.1f}"
+        rows.append(f"| {method:12} | {numbers} | {METHODS[method]} |")
     return "\n".join(rows)
 
 
