@@ -69,6 +69,8 @@ class FeatureStream:
         """Take in images uint8 (B, 3, H, W) with their numbers int64 (B,), any B, each number once."""
         assert images.dtype == torch.uint8 and len(images) == len(indices), (images.dtype, images.shape, indices.shape)
         self._waiting.append((images.to(self.device), torch.as_tensor(indices).cpu()))
+
+        # Whole batches go through the network; what is left over waits for the next call, or for `finish`.
         if sum(len(images) for images, _ in self._waiting) >= self.batch_size:
             images, indices = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
             whole = len(images) - len(images) % self.batch_size
@@ -100,7 +102,7 @@ class FeatureStream:
             self._extract(*(torch.cat(parts) for parts in zip(*self._waiting, strict=True)))
             self._waiting = []
 
-        # The sums of all processes, from here on the same on each.
+        # The sums of all processes, the same on each from here on.
         spaces = [statistics for statistics in (self.pool, self.spatial) if statistics is not None]
         for tensor in [tensor for statistics in spaces for tensor in statistics.tensors()]:
             all_sum(tensor)

@@ -210,6 +210,7 @@ def _config_of(state: Mapping[str, Tensor], what: str) -> dict:
 
 
 def _levels(state: Mapping[str, Tensor]) -> int:
+    """Resolutions that the encoder passes through, each half of the one before; LDM or diffusers keys."""
     matches = [re.match(r"encoder\.down(?:_blocks)?\.(\d+)\.", key) for key in state]
     return 1 + max((int(match[1]) for match in matches if match), default=0)
 
