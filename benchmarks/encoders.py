@@ -18,25 +18,14 @@ import timm
 import torch
 
 from models.encoder_table import ENCODERS, EncoderSpec
-from models.encoders import Encoder, build
+from models.encoders import Encoder, build, public_encoder
 
 
 def random_encoder(spec: EncoderSpec, resolution: int, depth: int | None) -> Encoder:
     network = build(spec, resolution, depth).to_empty(device="cpu")
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    grid = spec.grid(resolution)
-    return Encoder(
-        spec.name,
-        network,
-        resolution=resolution,
-        input_size=grid * spec.patch,
-        grid=grid,
-        embed_dim=spec.width,
-        prefix_tokens=spec.prefix_tokens,
-        mean_std=spec.mean_std,
-        resize_first=spec.resize_first,
-    )
+    return public_encoder(spec, network, resolution)
 
 
 def seconds(call: Callable, device: torch.device) -> tuple[float, float]:
@@ -56,23 +45,18 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
     torch.set_num_threads(args.threads)
     device, spec = torch.device(args.device), ENCODERS[name]
     encoder = random_encoder(spec, args.resolution, args.depth).to(device)
-    bare = (
-        timm.create_model(
-            spec.timm_name,
-            num_classes=0,
-            img_size=encoder.input_size,
-            depth=args.depth or spec.depth,
-            num_heads=spec.heads,
-        )
-        .eval()
-        .to(device)
-    )
+
+    # The same network without anything of ours around it, on pixels that are ready.
+    size = dict(img_size=encoder.input_size, depth=args.depth or spec.depth, num_heads=spec.heads)
+    bare = timm.create_model(spec.timm_name, num_classes=0, **size).eval().to(device)
     bare.load_state_dict(encoder.network.state_dict())
     images = torch.randint(256, (args.batch_size, 3, args.resolution, args.resolution), dtype=torch.uint8).to(device)
     pixels = encoder.preprocess(images)
     if device.type == "cuda" and args.compile:
         encoder.compile_network()
         bare.forward_features = torch.compile(bare.forward_features)
+
+    # Alternating, in an order that turns around, so that no call always comes after the same one.
     calls = {
         "encoder": lambda: encoder(images),
         "bare": lambda: bare.forward_features(pixels),
@@ -86,6 +70,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
                 spent = seconds(calls[key], device)
                 if round_:  # the first round warms up
                     times[key].append(spent)
+
     wall = {key: min(wall for wall, _ in rows) for key, rows in times.items()}
     work = {key: min(work for _, work in rows) for key, rows in times.items()}
     return {

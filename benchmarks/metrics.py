@@ -63,6 +63,7 @@ def score(count: int) -> Callable:
     return lambda: inception_score(probabilities)
 
 
+# Name -> what prepares a case, untimed, and returns the call to time; and its arguments.
 CASES: dict[str, tuple[Callable, tuple]] = {
     "FID: sums of 10,000 features, distance": (fid, (10000,)),
     "FID: sums of 50,000 features, distance": (fid, (50000,)),

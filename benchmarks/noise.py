@@ -56,21 +56,22 @@ def one_philox(indices: Sequence[int]) -> Iterator[np.random.Generator]:
 
 def box_muller(indices: Sequence[int], shape: tuple[int, ...]) -> np.ndarray:
     """Philox4x32-10 of all samples together, in whole-array arithmetic, and Box-Muller."""
-    mask, count = np.uint64(0xFFFFFFFF), int(np.prod(shape))
+    # The counter: four numbers of 32 bits, the place within the sample and the sample's number.
+    low, count = np.uint64(0xFFFFFFFF), int(np.prod(shape))
     counters = np.arange(count // 4, dtype=np.uint64)[None, :]
     sample = np.asarray(indices, dtype=np.uint64)[:, None]
     x = [np.broadcast_to(part, (len(indices), count // 4)) for part in (counters, sample, sample >> np.uint64(32), 0)]
     x = [part.astype(np.uint64) for part in x]
+
+    # Ten rounds: low and high halves of two products, with the key mixed in.
     keys = [KEY & 0xFFFFFFFF, KEY >> 32]
     for _ in range(10):
         first, second = (x[2 * i] * np.uint64(MULTIPLIERS[i]) for i in (0, 1))
-        x = [
-            (second >> np.uint64(32)) ^ x[1] ^ np.uint64(keys[0]),
-            second & mask,
-            (first >> np.uint64(32)) ^ x[3] ^ np.uint64(keys[1]),
-            first & mask,
-        ]
+        high_1, high_2 = first >> np.uint64(32), second >> np.uint64(32)
+        x = [high_2 ^ x[1] ^ np.uint64(keys[0]), second & low, high_1 ^ x[3] ^ np.uint64(keys[1]), first & low]
         keys = [(key + weyl) & 0xFFFFFFFF for key, weyl in zip(keys, WEYL, strict=True)]
+
+    # Box-Muller: two uniform numbers to two normal ones.
     uniform = np.stack([(part.astype(np.float32) + 0.5) * np.float32(2**-32) for part in x], axis=-1)
     radius, angle = np.sqrt(-2 * np.log(uniform[..., :2])), 2 * np.float32(np.pi) * uniform[..., 2:]
     return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=-1).reshape(len(indices), *shape)
@@ -113,18 +114,19 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20, help="of which the fastest counts")
     args = parser.parse_args()
     torch.set_num_threads(1)
+
+    # Both ways to Philox's streams are one.
     indices = range(1000, 1000 + args.batch_size)
     for shape in SHAPES:
         assert np.array_equal(per_sample(new_philox)(indices, shape), per_sample(one_philox)(indices, shape))
+
     print(f"| milliseconds for {args.batch_size} samples | {' | '.join('x'.join(map(str, s)) for s in SHAPES)} |")
     print(f"|---|{'---:|' * len(SHAPES)}")
     for name, draw in SCHEMES.items():
         times = [milliseconds(draw, indices, shape, args.repeats) for shape in SHAPES]
         print(f"| {name} | {' | '.join(f'{time:.1f}' for time in times)} |")
-    print(
-        "\n* Its bits depend on the processor: torch.randn has other code for processors without AVX2 "
-        "(ATEN_CPU_CAPABILITY=default shows it)."
-    )
+    why = "torch.randn has other code for processors without AVX2 (ATEN_CPU_CAPABILITY=default shows it)"
+    print(f"\n* Its bits depend on the processor: {why}.")
 
 
 if __name__ == "__main__":

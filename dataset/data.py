@@ -42,32 +42,28 @@ class ImageData:
         self.resolution = self.images.shape[-1]
 
     def _check(self, resolution: int | None, num_classes: int | None) -> None:
+        # Each file as it should be, and all of one data set.
         count, channels, height, width = self.images.shape
         if channels != 3 or height != width:
             raise InputError(f"{self.folder / 'images.npy'}: shape {self.images.shape}; (N, 3, R, R) is needed")
         counts = {"images.npy": count, "labels.npy": len(self.labels), "dataset.json": self.info.get("count", count)}
+        apart = f"--data-dir: the files of {self.folder} do not belong together"
         if len(set(counts.values())) > 1:
-            raise InputError(
-                f"--data-dir: the files of {self.folder} do not belong together: images per file: {counts}"
-            )
-        if self.info.get("resolution", height) != height:
-            raise InputError(
-                f"--data-dir: the files of {self.folder} do not belong together: "
-                f"resolution {height} in images.npy, {self.info['resolution']} in dataset.json"
-            )
+            raise InputError(f"{apart}: images per file: {counts}")
+        if (said := self.info.get("resolution", height)) != height:
+            raise InputError(f"{apart}: resolution {height} in images.npy, {said} in dataset.json")
+
+        # Images and labels as the run asks for them.
         if resolution is not None and resolution != height:
-            raise InputError(
-                f"--resolution: {resolution} was given; the images in {self.folder} are {height} x {height}: "
-                f"give --resolution {height}, or {_preprocessing_command(self.folder, resolution)}"
-            )
+            found = f"the images in {self.folder} are {height} x {height}"
+            advice = f"give --resolution {height}, or {_preprocessing_command(self.folder, resolution)}"
+            raise InputError(f"--resolution: {resolution} was given; {found}: {advice}")
         if self.labels.min() < 0:
             raise InputError(f"{self.folder / 'labels.npy'}: label {self.labels.min()}; labels start at 0")
         largest = int(self.labels.max())
         if num_classes is not None and largest >= num_classes:
-            raise InputError(
-                f"--num-classes: {num_classes} was given; the largest label in {self.folder} is {largest}: "
-                f"at least {largest + 1} is needed"
-            )
+            found = f"the largest label in {self.folder} is {largest}"
+            raise InputError(f"--num-classes: {num_classes} was given; {found}: at least {largest + 1} is needed")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -102,7 +98,7 @@ class LatentData:
         path: file name without suffix; `<path>.npy` and `<path>.json` are read (written by cache_latents.py).
         data: the data set that the latents must belong to (None: not checked).
     Attributes:
-        array: float32 or float16 (N, 2C, h, w), mean then std, memory-mapped.
+        array: float32 or float16 (N, 2C, h, w), mean then std (`mean_std`), memory-mapped.
         info: contents of the .json: VAE, its checksum and config, latent statistics, data set.
     Raises:
         InputError: no such cache, damaged files, or the cache of another data set.
@@ -113,10 +109,11 @@ class LatentData:
         array, info = Path(f"{self.path}.npy"), Path(f"{self.path}.json")
         for file in (array, info):
             if not file.is_file():
-                raise InputError(
-                    f"--vae-latents-name: {file} does not exist; write it with python cache_latents.py "
-                    f"--vae-latents-name {self.path.name} --output-dir {self.path.parent} --vae-ckpt-path VAE"
-                )
+                flags = f"--vae-latents-name {self.path.name} --output-dir {self.path.parent} --vae-ckpt-path VAE"
+                advice = f"write it with python cache_latents.py {flags}"
+                raise InputError(f"--vae-latents-name: {file} does not exist; {advice}")
+
+        # Array and description, of each other and, where a data set is given, of it.
         self.info = _read_json(info)
         self.array = _open_array(array, (np.float32, np.float16), "(N, 2C, h, w)", mmap_mode="r")
         if self.array.shape[1] % 2:
@@ -124,13 +121,10 @@ class LatentData:
         count = self.info.get("count")
         if count != len(self.array):
             raise InputError(f"{array}: {len(self.array)} latents, but {info.name} counts {count}: cache them again")
-        if data is not None and (
-            self.info.get("dataset_fingerprint") != data.fingerprint or len(self.array) != len(data)
-        ):
-            raise InputError(
-                f"--vae-latents-name: {array} holds the latents of another data set ({len(self.array)} images) than "
-                f"{data.folder} ({len(data)} images): run cache_latents.py again with --overwrite"
-            )
+        if data is not None and (self.info.get("dataset_fingerprint"), count) != (data.fingerprint, len(data)):
+            other = f"of another data set ({count} images) than {data.folder} ({len(data)} images)"
+            advice = "run cache_latents.py again with --overwrite"
+            raise InputError(f"--vae-latents-name: {array} holds the latents {other}: {advice}")
 
     def __len__(self) -> int:
         return len(self.array)
@@ -146,7 +140,8 @@ class LatentData:
 class LatentsAndLabels:
     """Cached latents with the labels of their images and, for the alignment targets, the images themselves.
 
-    A batch is (mean_std, images, labels), or (mean_std, labels) with `with_images=False`, which reads no image.
+    A batch is (mean_std float32 (B, 2C, h, w), images uint8 (B, 3, R, R), labels int64 (B,)); with `with_images=False`,
+    which reads no image, (mean_std, labels).
     """
 
     def __init__(self, latents: LatentData, data: ImageData, *, with_images: bool) -> None:
@@ -188,10 +183,8 @@ def _require_data_folder(folder: Path, resolution: int | None) -> None:
         raise InputError(f"--data-dir: {folder} is not a folder; {command}")
     missing = [name for name in ("images.npy", "labels.npy", "dataset.json") if not (folder / name).is_file()]
     if "images.npy" in missing and (folder / "images.h5").exists():
-        raise InputError(
-            f"--data-dir: {folder} holds images.h5 of the public release; images.npy is needed. Run preprocessing.py "
-            f"again ({command})"
-        )
+        found = f"{folder} holds images.h5 of the public release; images.npy is needed"
+        raise InputError(f"--data-dir: {found}. Run preprocessing.py again ({command})")
     if missing:
         raise InputError(f"--data-dir: {folder} lacks {', '.join(missing)}; {command}")
 

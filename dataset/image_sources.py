@@ -62,10 +62,9 @@ class ImageFolder:
         images = [self._pixels(file) for file in self.files[start:stop]]
         for file, image in zip(self.files[start:stop], images, strict=True):
             if image.shape[:2] != self.size:
-                raise InputError(
-                    f"{file} has {_by(image.shape[:2])} pixels, the first image {_by(self.size)}; "
-                    "images of one size are needed: run preprocessing.py and give its data folder"
-                )
+                problem = f"{file} has {_by(image.shape[:2])} pixels, the first image {_by(self.size)}"
+                advice = "run preprocessing.py and give its data folder"
+                raise InputError(f"{problem}; images of one size are needed: {advice}")
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
     def _pixels(self, file: Path) -> np.ndarray:
@@ -148,6 +147,8 @@ def read_batches(
     count = len(source)
     bounds = ((start, min(start + batch_size, count)) for start in range(0, count, batch_size))
     mine = islice(bounds, rank, None, world_size)
+
+    # As one batch is handed out, the next one is asked for: AHEAD of them are on their way, and no more are in memory.
     with ThreadPoolExecutor(source.threads) as pool:
         waiting = deque((b, pool.submit(source.read, *b)) for b in islice(mine, AHEAD))
         while waiting:

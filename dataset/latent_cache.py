@@ -9,10 +9,13 @@ import torch
 from numpy.lib.format import open_memmap
 from torch import Tensor
 
+from dataset.data import evenly_spaced
 from dataset.latents import LatentStatistics
 from utils.distributed import rank, world_size
 from utils.errors import InputError
 from utils.files import require_disk, sync, write_at, write_json
+
+ANOTHER = "another VAE, data set or dtype; take another name, or --overwrite"
 
 
 class LatentCache:
@@ -34,12 +37,11 @@ class LatentCache:
     def __init__(self, path: str | os.PathLike, description: dict):
         self.description = description
         self.array_path, self.json_path = Path(f"{path}.npy"), Path(f"{path}.json")
-        self.part_array, self.part_done, self.part_json = (
-            Path(f"{path}.{kind}.tmp-cache") for kind in ("npy", "done", "json")
-        )
-        self._rows = self._done = None
-        self._done_offset = 0
-        self._unflushed: list[tuple[int, int]] = []  # first row and number
+        parts = [Path(f"{path}.{kind}.tmp-cache") for kind in ("npy", "done", "json")]
+        self.part_array, self.part_done, self.part_json = parts
+        self._rows = self._done = None  # from `open` on: the array, mapped; which rows were finished then
+        self._done_offset = 0  # of the marks in their file, behind the header
+        self._unflushed: list[tuple[int, int]] = []  # rows written and not yet marked: the first, and how many
 
     def start(self, *, overwrite: bool = False) -> bool:
         """Check what is there and make the temporary files; on one process, before the others `open`.
@@ -50,23 +52,22 @@ class LatentCache:
         Raises:
             InputError: another cache has this name, finished or not; or the disk is too small.
         """
+        # A finished cache of this description needs no work; no other is ever replaced unasked.
         if self.array_path.exists() and not overwrite:
             if self._describes_this(self.json_path):
                 self._discard_part()
                 return False
-            raise InputError(
-                f"--vae-latents-name: {self.array_path} exists already, of another VAE, data set or dtype; take "
-                "another name, or --overwrite"
-            )
+            raise InputError(f"--vae-latents-name: {self.array_path} exists already, of {ANOTHER}")
+
+        # An unfinished one goes on, even under --overwrite; that of another description gives way to --overwrite alone.
         if self.part_json.exists() and self.part_array.exists() and self.part_done.exists():
             if self._describes_this(self.part_json):
                 self._require_disk(already=self.part_array.stat().st_blocks * 512)
                 return True
             if not overwrite:
-                raise InputError(
-                    f"--vae-latents-name: {self.part_array} is an unfinished cache of another VAE, data set or dtype; "
-                    "take another name, or --overwrite"
-                )
+                raise InputError(f"--vae-latents-name: {self.part_array} is an unfinished cache of {ANOTHER}")
+
+        # A new one: both arrays at full length (sparse until rows come), and the description last.
         self._require_disk(already=0)
         try:
             self.array_path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,9 +115,8 @@ class LatentCache:
     def statistics(self, max_rows: int = 50_000) -> tuple[Tensor, Tensor]:
         """Scale and bias of the whole cache, of at most `max_rows` evenly spread rows; on all processes together."""
         statistics = LatentStatistics(self._rows.shape[1] // 2)
-        count = min(len(self._rows), max_rows)
-        chosen = np.arange(count) * len(self._rows) // count
-        for first in range(rank() * 256, count, world_size() * 256):
+        chosen = evenly_spaced(len(self._rows), max_rows)
+        for first in range(rank() * 256, len(chosen), world_size() * 256):
             statistics.add(torch.from_numpy(self._rows[chosen[first : first + 256]]))
         return statistics.scale_and_bias()
 

@@ -50,7 +50,7 @@ class LatentStatistics:
         """
         sums = self.sums.cpu()
         all_sum(sums)
-        mean, mean_square, variance = sums[:3] / sums[3]
+        mean, mean_square, variance = sums[:3] / sums[3]  # E[mean], E[mean^2], E[std^2]
         std = (mean_square - mean.square() + variance).clamp(min=0.0).sqrt()
         if not (torch.isfinite(std).all() and (std > 0).all()):
             raise InputError("the VAE's latents are constant or not finite on this data set; is it a trained VAE?")

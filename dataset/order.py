@@ -43,14 +43,12 @@ def batches(
     Raises:
         InputError: fewer images than one batch, or a batch size that the processes do not divide.
     """
+    given = f"--batch-size: {batch_size} was given"
     if batch_size % world_size:
-        raise InputError(
-            f"--batch-size: {batch_size} was given; a multiple of {world_size} (the number of processes) is needed"
-        )
+        raise InputError(f"{given}; a multiple of {world_size} (the number of processes) is needed")
     if len(data) < batch_size:
-        raise InputError(
-            f"--batch-size: {batch_size} was given; the data set has {len(data)} images, less than one batch"
-        )
+        raise InputError(f"{given}; the data set has {len(data)} images, less than one batch")
+
     loader = DataLoader(
         data,
         batch_sampler=_Shares(len(data), batch_size, seed, rank, world_size, start),
@@ -72,13 +70,15 @@ class _Shares:
         self.share = slice(rank * share, (rank + 1) * share)
 
     def __iter__(self) -> Iterator[list[int]]:
+        # No pass is replayed to start in the middle: the order of an epoch is a function of its number.
         epoch, batch = divmod(self.start, batches_per_epoch(self.count, self.batch_size))
         while True:
             # Philox by name: numpy may change what default_rng means.
             generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, epoch])))
             order = generator.permutation(self.count)
             for first in range(batch * self.batch_size, self.count - self.batch_size + 1, self.batch_size):
-                yield order[first : first + self.batch_size][self.share].tolist()
+                whole = order[first : first + self.batch_size]
+                yield whole[self.share].tolist()
             epoch, batch = epoch + 1, 0
 
 

@@ -12,7 +12,7 @@ import os
 import posixpath
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -55,25 +55,26 @@ def list_images(root: Path) -> tuple[list[str], list[int], list[str]]:
     if not files:
         raise InputError(f"--imagenet-path: no image below {root}; files named {' '.join(SUFFIXES)} are needed")
 
+    # Labels by a file.
     if (root / "dataset.json").exists():
         labels = _labels_from_json(root / "dataset.json", files)
         if labels is not None:
             return files, labels, []
 
+    # None, or by the top folders.
     loose = [name for name in files if "/" not in name]
     if len(loose) == len(files):
         return files, [0] * len(files), []
     if loose:
-        raise InputError(
-            f"--imagenet-path: {len(loose)} images lie beside the class folders in {root} (first: {loose[0]}); "
-            "either all or none may"
-        )
+        found = f"{len(loose)} images lie beside the class folders in {root} (first: {loose[0]})"
+        raise InputError(f"--imagenet-path: {found}; either all or none may")
     class_names = sorted({name.split("/", 1)[0] for name in files})
     index = {name: i for i, name in enumerate(class_names)}
     return files, [index[name.split("/", 1)[0]] for name in files], class_names
 
 
 def _walk(root: Path, folder: str, ancestors: tuple) -> Iterator[str]:
+    """Image files below `root / folder`, relative to `root`; `ancestors`: (device, inode) of the folders above."""
     status = (root / folder).stat()
     identity = (status.st_dev, status.st_ino)
     if identity in ancestors:  # a link that leads back up
@@ -101,6 +102,8 @@ def _labels_from_json(path: Path, files: list[str]) -> list[int] | None:
         return None
     if info["labels"] is None:
         return [0] * len(files)
+
+    # File name -> label, each entry in form.
     form = f'{path}: {{"labels": [[path, index], ...]}} with whole numbers >= 0 is needed'
     labels = {}
     for entry in info["labels"] if isinstance(info["labels"], list) else [None]:
@@ -111,11 +114,12 @@ def _labels_from_json(path: Path, files: list[str]) -> list[int] | None:
                     raise InputError(f"{path}: {name} has two labels, {labels[name]} and {label}")
             case _:
                 raise InputError(f"{form}, not {json.dumps(entry)[:80]}")
+
+    # Every image and nothing else.
     missing = sorted(labels.keys() - set(files))
     if missing:
-        raise InputError(
-            f"{path}: labels {len(missing)} files that are no images in {path.parent} (first: {missing[0]})"
-        )
+        strangers = f"{len(missing)} files that are no images in {path.parent}"
+        raise InputError(f"{path}: labels {strangers} (first: {missing[0]})")
     unlabelled = [name for name in files if name not in labels]
     if unlabelled:
         raise InputError(f"{path}: {len(unlabelled)} of {len(files)} images have no label (first: {unlabelled[0]})")
@@ -147,9 +151,8 @@ def check_output(output: Path, root: Path, overwrite: bool) -> None:
         raise InputError(f"--output-path: {output} is the folder of the images; another one is needed")
     existing = [name for name in DATA_FILES if (output / name).exists()]
     if existing and not overwrite:
-        raise InputError(
-            f"--output-path: {output} holds {', '.join(existing)} already; give another folder, or --overwrite"
-        )
+        advice = "give another folder, or --overwrite"
+        raise InputError(f"--output-path: {output} holds {', '.join(existing)} already; {advice}")
     for stale in sorted(output.glob("images.npy.tmp-*")):
         logger.warning("%s was left by a run that was killed; delete it if none is running", stale)
 
@@ -180,16 +183,17 @@ def write_data_folder(
     Raises:
         InputError: disk too small, an unreadable image with `stop_on_error`, or no readable one. Nothing is written.
     """
-    size = len(files) * (3 * resolution**2 + 8) + sum(map(len, files))
+    size = len(files) * (3 * resolution**2 + 8) + sum(map(len, files))  # pixels, labels, names
     require_disk(output, size, f"--output-path: {len(files)} images of {resolution} x {resolution}")
     with _appear_together(output) as partial_files:
-        skipped = _write_images(
-            partial_files["images.npy"], root, files, resolution, num_workers, stop_on_error, exif_orientation
-        )
+        # Pixels first: which images can be read decides over everything else.
+        read = partial(read_image, resolution=resolution, exif_orientation=exif_orientation)
+        skipped = _write_images(partial_files["images.npy"], root, files, read, resolution, num_workers, stop_on_error)
         kept = [i for i, name in enumerate(files) if name not in skipped]
         if not kept:
             name, reason = next(iter(skipped.items()))
             raise InputError(f"--imagenet-path: none of {len(files)} images is readable (first: {name}: {reason})")
+
         with partial_files["labels.npy"].open("wb") as file:
             np.save(file, np.array([labels[i] for i in kept], np.int64))
         info = {
@@ -233,33 +237,23 @@ def _appear_together(output: Path) -> Iterator[dict[str, Path]]:
 
 
 def _write_images(
-    path: Path, root: Path, files: list[str], resolution: int, num_workers: int, stop_on_error: bool, exif: bool
+    path: Path, root: Path, files: list[str], read: Callable, resolution: int, num_workers: int, stop_on_error: bool
 ) -> dict[str, str]:
     """Write images.npy without holes; return name -> reason of the unreadable ones, in order."""
-    row_bytes = 3 * resolution**2
-    # Some 16 MB of pixels at a time per process; smaller where there would not be enough chunks for all.
-    chunk_size = max(1, min(64, 2**24 // row_bytes, len(files) // (4 * num_workers)))
-    chunks = [files[first : first + chunk_size] for first in range(0, len(files), chunk_size)]
-    header = _npy_header(len(files), resolution)
+    # Room for all files: which of them are images is known at the end, and then the file is cut.
+    header, row_bytes = _npy_header(len(files), resolution), 3 * resolution**2
     with path.open("wb") as file:
         file.truncate(len(header) + len(files) * row_bytes)
 
-    context = multiprocessing.get_context("spawn")  # no surprise from threads of this process, on any platform
-    turns = _Turns(context)
-    pool = ProcessPoolExecutor(
-        min(num_workers, len(chunks)), mp_context=context, initializer=_start_worker, initargs=(turns,)
-    )
-    convert = partial(
-        _convert_chunk, root=root, target=path, offset=len(header), resolution=resolution, exif_orientation=exif
-    )
+    # Some 16 MB of pixels at a time per process; smaller where there would not be enough chunks for all.
+    chunk_size = max(1, min(64, 2**24 // row_bytes, len(files) // (4 * num_workers)))
+    chunks = [files[first : first + chunk_size] for first in range(0, len(files), chunk_size)]
+
+    convert = partial(_convert_chunk, root=root, read=read, target=path, offset=len(header))
     skipped = {}
-    try:
-        # Processes inherit the mask: Ctrl-C is for this one, which lets them end the chunks that they are at.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
+    with _process_pool(num_workers, tasks=len(chunks)) as pool:
+        with _interrupts_held_back():  # processes inherit it: they end the chunks they are at when this one is stopped
             results = pool.map(convert, range(len(chunks)), chunks)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         with tqdm(total=len(files), unit="image", desc="preprocessing", disable=None) as progress:
             for chunk, failures in zip(chunks, results, strict=True):
                 skipped.update(failures)
@@ -267,12 +261,6 @@ def _write_images(
                     name, reason = failures[0]
                     raise InputError(f"--on-error stop: {root / name}: {reason}")
                 progress.update(len(chunk))
-    except BrokenProcessPool as error:
-        raise InputError(
-            f"--num-workers: one of {num_workers} processes was killed, perhaps for want of memory; try fewer"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
 
     count = len(files) - len(skipped)
     with path.open("r+b") as file:
@@ -289,6 +277,31 @@ def _npy_header(count: int, resolution: int) -> bytes:
     return buffer.getvalue()
 
 
+@contextlib.contextmanager
+def _process_pool(num_workers: int, tasks: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that know whose turn it is to write; tasks that have not begun when the block ends are dropped."""
+    context = multiprocessing.get_context("spawn")  # no surprise from threads of this process, on any platform
+    start = dict(initializer=_start_worker, initargs=(_Turns(context),))
+    pool = ProcessPoolExecutor(min(num_workers, tasks), mp_context=context, **start)
+    try:
+        yield pool
+    except BrokenProcessPool as error:
+        problem = f"one of {num_workers} processes was killed, perhaps for want of memory"
+        raise InputError(f"--num-workers: {problem}; try fewer") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Ctrl-C waits until the block ends; in processes that are started inside, for as long as they live."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 class _Turns:
     """Tells each chunk, in their order, at which row to write: right behind the readable images before it."""
 
@@ -298,6 +311,7 @@ class _Turns:
         self.row = context.Value("q", 0, lock=False)
 
     def take(self, chunk: int, rows: int) -> int:
+        """The first row of a chunk that has so many readable images, once all chunks before it have taken theirs."""
         # No deadlock: chunks are handed out in order, so that all earlier ones are done or at work.
         with self.condition:
             self.condition.wait_for(lambda: self.chunk.value == chunk)
@@ -317,15 +331,16 @@ def _start_worker(turns: _Turns) -> None:
 
 
 def _convert_chunk(
-    chunk: int, names: list[str], *, root: Path, target: Path, offset: int, resolution: int, exif_orientation: bool
+    chunk: int, names: list[str], *, root: Path, read: Callable, target: Path, offset: int
 ) -> list[tuple[str, str]]:
-    """Write the readable images of one chunk to their rows; return (name, reason) of the others."""
+    """Write the readable images of chunk number `chunk` to their rows; return (name, reason) of the others."""
     images, failures = [], []
     for name in names:
         try:
-            images.append(read_image(root / name, resolution, exif_orientation))
+            images.append(read(root / name))
         except Exception as error:  # damaged files make decoders raise OSError, SyntaxError, zlib.error, ...
             failures.append((name, _reason(error)))
+
     first = _turns.take(chunk, len(images))
     if images:
         with target.open("r+b") as file:

@@ -69,6 +69,8 @@ class FeatureStream:
         """Take in images uint8 (B, 3, H, W) with their numbers int64 (B,), any B, each number once."""
         assert images.dtype == torch.uint8 and len(images) == len(indices), (images.dtype, images.shape, indices.shape)
         self._waiting.append((images.to(self.device), torch.as_tensor(indices).cpu()))
+
+        # Whole batches go through the network; what is left over waits for the next call, or for `finish`.
         if sum(len(images) for images, _ in self._waiting) >= self.batch_size:
             images, indices = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
             whole = len(images) - len(images) % self.batch_size
@@ -77,6 +79,7 @@ class FeatureStream:
             self._waiting = [(images[whole:], indices[whole:])] if whole < len(images) else []
 
     def _extract(self, images: Tensor, indices: Tensor) -> None:
+        """One batch through the network, its features into the sums; at most `batch_size` images."""
         count = len(images)
         if count < self.batch_size:
             images = torch.cat([images, images[-1:].expand(self.batch_size - count, -1, -1, -1)])
@@ -98,27 +101,28 @@ class FeatureStream:
         if self._waiting:
             self._extract(*(torch.cat(parts) for parts in zip(*self._waiting, strict=True)))
             self._waiting = []
-        for statistics in filter(None, (self.pool, self.spatial)):
-            for tensor in statistics.tensors():
-                all_sum(tensor)
+
+        # The sums of all processes, the same on each from here on.
+        spaces = [statistics for statistics in (self.pool, self.spatial) if statistics is not None]
+        for tensor in [tensor for statistics in spaces for tensor in statistics.tensors()]:
+            all_sum(tensor)
         count = int(self.pool.count)
         with main_first():  # all have the same sums: rank 0 speaks
-            if not all(sums.outer.isfinite().all() for sums in filter(None, (self.pool, self.spatial))):
-                raise InputError(
-                    f"the {self.network.label} features of some image are not finite: its weights are damaged"
-                )
+            if not all(statistics.outer.isfinite().all() for statistics in spaces):
+                problem = f"the {self.network.label} features of some image are not finite"
+                raise InputError(f"{problem}: its weights are damaged")
             if count < 2:
                 raise InputError(f"{count} images were given; a covariance needs two at least")
+
+        # The kept features of all processes, in the order of the images.
         features = torch.cat(self._features) if self._features else torch.empty(0, self.network.dim)
         indices = torch.cat(self._indices) if self._indices else torch.empty(0, dtype=torch.int64)
         features, indices = gather_rows(features), gather_rows(indices)
         order = indices.argsort()
         assert (indices[order].diff() > 0).all(), "an image was added twice"
-        pool, spatial = (
-            None if statistics is None else tuple(moment.cpu() for moment in statistics.moments())
-            for statistics in (self.pool, self.spatial)
-        )
-        return FeatureSet(count, pool, spatial, features[order])
+
+        pool, *spatial = [tuple(moment.cpu() for moment in statistics.moments()) for statistics in spaces]
+        return FeatureSet(count, pool, spatial[0] if spatial else None, features[order])
 
 
 def extract(
@@ -166,10 +170,13 @@ def compare(samples: FeatureSet, reference: FeatureSet, network: nn.Module, devi
     Raises:
         InputError: too few images for the k-th neighbour.
     """
+    # Names: FID and its kin belong to Inception's space; elsewhere a number carries the label of its space.
     inception = network.label == "inception"
     suffix = "" if inception else f"_{network.label}"
     warn_if_few("samples", samples.count, network.dim)
     warn_if_few("reference", reference.count, network.dim)
+
+    # From moments and from Inception's classifier: on rank 0, which has them all.
     results = {}
     if rank() == 0:
         results["fid" if inception else f"fd{suffix}"] = frechet_distance(*samples.pool, *reference.pool)
@@ -177,10 +184,12 @@ def compare(samples: FeatureSet, reference: FeatureSet, network: nn.Module, devi
             results["sfid"] = frechet_distance(*samples.spatial, *reference.spatial)
         if inception:
             results |= _inception_score(samples.features, network, device)
+
+    # From all pairs of features: shared out to the processes.
     if reference.features is not None:
         for form, half in (("", False), ("_adm", True)) if inception else (("", False),):
             names = (f"precision{form}{suffix}", f"recall{form}{suffix}")
-            values = _precision_recall(reference.features, samples.features, device, half)  # by all together
+            values = _precision_recall(reference.features, samples.features, device, half)
             results |= zip(names, values, strict=True)
     return from_main(results)
 
@@ -208,11 +217,8 @@ def require_neighbours(what: str, count: int) -> None:
 
 
 def warn_if_few(what: str, count: int | None, dim: int) -> None:
+    """Say, on rank 0, that a Frechet distance from so few images is biased."""
     if count is not None and count <= dim and rank() == 0:
-        logger.warning(
-            "%s: %d images for %d dimensions: the covariance is singular, and the distance far larger than from many "
-            "images; compare it only with distances from equally many",
-            what,
-            count,
-            dim,
-        )
+        problem = "the covariance is singular, and the distance far larger than from many images"
+        advice = "compare it only with distances from equally many"
+        logger.warning("%s: %d images for %d dimensions: %s; %s", what, count, dim, problem, advice)

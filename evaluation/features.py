@@ -64,6 +64,8 @@ class DINOv2ClassToken(nn.Module):
         path = find_weights(spec, weights)
         with about("--enc-ckpt" if weights else "--features"):
             load_weights(self.network, spec, path)
+
+        # `load_weights` resampled the positions as the alignment encoder has them; here DINOv2's own way counts.
         positions = read_weights(path)["pos_embed"]
         self.network.pos_embed.data = dinov2_positions(positions.float(), STEIN_SIZE // spec.patch)
         for key, values in zip(("mean", "std"), spec.mean_std, strict=True):
@@ -72,7 +74,7 @@ class DINOv2ClassToken(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, None]:
         pixels = F.interpolate(images.float(), size=(STEIN_SIZE, STEIN_SIZE), mode="bicubic", antialias=True) / 255
-        return self.network.forward_features((pixels - self.mean) / self.std)[:, 0], None
+        return self.network.forward_features((pixels - self.mean) / self.std)[:, 0], None  # (B, D)
 
 
 def dinov2_positions(positions: Tensor, grid: int) -> Tensor:
@@ -82,7 +84,7 @@ def dinov2_positions(positions: Tensor, grid: int) -> Tensor:
     """
     token, patches = positions[:, :1], positions[:, 1:]
     side = round(patches.shape[1] ** 0.5)
-    planes = patches.transpose(1, 2).unflatten(2, (side, side))
+    planes = patches.transpose(1, 2).unflatten(2, (side, side))  # (1, F, M, M)
     planes = F.interpolate(planes, scale_factor=(grid + 0.1) / side, mode="bicubic")
     return torch.cat([token, planes.flatten(2).transpose(1, 2)], dim=1)
 
@@ -99,7 +101,7 @@ class MeanToken(nn.Module):
         self.dim = self.encoder.embed_dim
 
     def forward(self, images: Tensor) -> tuple[Tensor, None]:
-        return self.encoder(images).mean(1), None
+        return self.encoder(images).mean(1), None  # (B, D)
 
 
 @contextlib.contextmanager
@@ -126,6 +128,6 @@ def probe(network: nn.Module, size: tuple[int, int], device: torch.device) -> Te
 
 def same_network(probe_1: Tensor, probe_2: Tensor) -> bool:
     """Whether two probes are of one network, up to rounding."""
-    return probe_1.shape == probe_2.shape and bool(
-        (probe_1 - probe_2).abs().max() <= PROBE_TOLERANCE * probe_1.abs().max()
-    )
+    if probe_1.shape != probe_2.shape:
+        return False
+    return bool((probe_1 - probe_2).abs().max() <= PROBE_TOLERANCE * probe_1.abs().max())

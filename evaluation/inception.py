@@ -6,20 +6,20 @@ unpickling it freely.
 """
 
 import logging
-import os
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from torch import nn
 
 from utils.errors import InputError
+from utils.hub import cache_path, download, fetch_once
 from utils.torch_files import read_torch_file
 
 logger = logging.getLogger(__name__)
 
 URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
-FILE = URL.rsplit("/", 1)[1]  # the end of the name is the beginning of the file's sha256
+FILE = URL.rsplit("/", 1)[1]
+SHA256 = "6726825d"  # its beginning
 SIZE = "96 MB"
 INPUT_SIZE = 299
 SPATIAL_CHANNELS = 7  # sFID (Nash et al. 2021, arXiv 2103.03841): the first 7 channels of mixed_6/conv, 17 x 17 each
@@ -108,8 +108,10 @@ def load_inception(weights: str | Path | None = None) -> Inception:
     state = read_torch_file(path)
     with torch.device("meta"):  # every weight comes from the file; no random number is drawn
         network = Inception()
+
+    # Exactly its keys and shapes, but for counters, which old files lack.
     expected = network.state_dict()
-    counters = {key: torch.zeros(()) for key in expected if key.endswith("num_batches_tracked")}  # absent in old files
+    counters = {key: torch.zeros(()) for key in expected if key.endswith("num_batches_tracked")}
     state = counters | state
     for key in sorted(expected.keys() | state.keys()):
         if key not in expected or getattr(state.get(key), "shape", None) != expected[key].shape:
@@ -121,17 +123,13 @@ def load_inception(weights: str | Path | None = None) -> Inception:
 
 
 def _download() -> Path:
-    path = Path(torch.hub.get_dir()) / "checkpoints" / FILE
+    def fetch(path: Path) -> None:
+        logger.info("downloading %s (%s) to %s", URL, SIZE, path)
+        download(URL, path, SHA256)
+
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):  # one process downloads, the others wait for it
-            if not path.is_file():
-                logger.info("downloading %s (%s) to %s", URL, SIZE, path)
-                quiet = int(os.environ.get("LOCAL_RANK", 0)) > 0
-                torch.hub.download_url_to_file(URL, str(path), hash_prefix="6726825d", progress=not quiet)
+        return fetch_once(URL, fetch)
     except (OSError, RuntimeError) as error:
-        raise InputError(
-            f"the Inception weights are absent and could not be downloaded ({error}); "
-            f"get {FILE} ({SIZE}) from {URL} and put it at {path}, or name it with --inception-weights"
-        ) from error
-    return path
+        problem = f"the Inception weights are absent and could not be downloaded ({error})"
+        place = f"put it at {cache_path(URL)}, or name it with --inception-weights"
+        raise InputError(f"{problem}; get {FILE} ({SIZE}) from {URL} and {place}") from error

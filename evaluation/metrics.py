@@ -32,11 +32,11 @@ class Statistics:
         self.count += len(features)
         self.total += features.sum(0)
         for first in range(0, features.shape[1], STRIPE):  # x x^T is symmetric: the part below the stripes is left out
-            self.outer[first : first + STRIPE, first:].addmm_(
-                features[:, first : first + STRIPE].T, features[:, first:]
-            )
+            stripe = slice(first, first + STRIPE)
+            self.outer[stripe, first:].addmm_(features[:, stripe].T, features[:, first:])
 
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The sums themselves, for a reduction in place."""
         return self.count, self.total, self.outer
 
     def moments(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,15 +65,15 @@ def frechet_distance(mean_1: torch.Tensor, cov_1: torch.Tensor, mean_2: torch.Te
 
 def _root_trace(cov_1: torch.Tensor, cov_2: torch.Tensor) -> torch.Tensor:
     """tr (S1 S2)^(1/2)."""
+    # Both covariances regular: the roots of the eigenvalues of A^T S2 A.
     factors = [_cholesky(covariance) for covariance in (cov_1, cov_2)]
     if all(factor is not None for factor in factors):
         return torch.linalg.eigvalsh(factors[0].T @ cov_2 @ factors[0]).clamp(min=0).sqrt().sum()
+
     # Zero eigenvalues come out as about 1e-16 of the largest, and their roots as 1e-8, thousands of times. Singular
     # values need no root; they take longer.
-    a, b = (
-        _eigen_factor(covariance) if factor is None else factor
-        for covariance, factor in zip((cov_1, cov_2), factors, strict=True)
-    )
+    a = _eigen_factor(cov_1) if factors[0] is None else factors[0]
+    b = _eigen_factor(cov_2) if factors[1] is None else factors[1]
     return torch.linalg.svdvals(a.T @ b).sum()
 
 
@@ -139,10 +139,14 @@ def precision_recall(
     assert min(len(real), len(fake)) > neighbour, f"more than {neighbour} points are needed in each set"
     real, fake = _Points(real, half), _Points(fake, half)
     mine = {"rank": rank, "world_size": world_size}
+
+    # The manifold of each set: around every point, a ball that reaches to its k-th neighbour.
     radii_real, radii_fake = (_neighbour_radii(points, neighbour, **mine) for points in (real, fake))
-    fake_covered, real_covered = torch.zeros_like(fake.norms), torch.zeros_like(real.norms)
     for tensor in (radii_real, radii_fake) if all_reduce else ():
         all_reduce(tensor)
+
+    # Which points of each lie in a ball of the other; counted, as sums over processes leave 0 and more than 0 apart.
+    fake_covered, real_covered = torch.zeros_like(fake.norms), torch.zeros_like(real.norms)
     for rows, columns, distances in _distance_blocks(real, fake, **mine):
         fake_covered[columns] += (distances <= radii_real[rows, None]).any(0)
         real_covered[rows] += (distances <= radii_fake[columns]).any(1)
@@ -229,10 +233,12 @@ def ssim(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
     window = torch.exp(-(offsets**2) / (2 * 1.5**2))
     window = window / window.sum()
 
+    # The window is a product of two: along the height, then along the width.
     def blur(x: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) -> (B, C, H - 10, W - 10)
         x = F.conv2d(x.flatten(0, 1)[:, None], window[None, None, :, None])
         return F.conv2d(x, window[None, None, None, :]).unflatten(0, images.shape[:2])[:, :, 0]
 
+    # Local moments, and the index of every window from them (eq. 13 there).
     x, y = images.double(), references.double()
     mean_x, mean_y = blur(x), blur(y)
     var_x, var_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2

@@ -1,10 +1,10 @@
-"""Evaluation in the middle of training: the moving average's samples against a reference, on all processes."""
+"""Evaluation in the middle of training: samples of SiT's EMA against a reference, on all processes."""
 
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 
-from evaluation.evaluator import NEIGHBOUR, Evaluator
+from evaluation.evaluator import NEIGHBOUR, Evaluator, FeatureSet
 from evaluation.features import load_features
 from evaluation.reference import read_reference
 from models.sit import SiT
@@ -15,79 +15,62 @@ from utils.rng import sample_labels
 
 # evaluate.py's names of the flags, which errors use, and those of the training scripts.
 FLAGS = {"--features": "--eval-features", "--inception-weights": "--eval-weights", "--enc-ckpt": "--eval-weights"}
+BATCH_SIZE = 64  # samples at a time per process
 
 
 def online_evaluation(args, run) -> "OnlineEvaluation | None":
-    """What --eval-steps and its companions ask for; None where --eval-steps is 0."""
+    """What --eval-steps and its companions ask for; None where --eval-steps is 0.
+
+    Raises:
+        InputError: flags that do not go together; a reference or feature network that is absent or does not fit.
+    """
     with main_first():
         if args.eval_steps == 0:
             if args.eval_reference is not None:
                 raise InputError(f"--eval-reference: {args.eval_reference} was given; it goes with --eval-steps")
             return None
         if args.eval_reference is None:
-            raise InputError(
-                "--eval-reference: an ADM reference file, a --save-stats file or images are needed by --eval-steps"
-            )
+            needed = "an ADM reference file, a --save-stats file or images"
+            raise InputError(f"--eval-reference: {needed} are needed by --eval-steps")
         if args.eval_samples <= NEIGHBOUR:
             raise InputError(f"--eval-samples: {args.eval_samples} was given; more than {NEIGHBOUR} are needed")
+
+    size = (args.resolution, args.resolution)
     with renamed(FLAGS):
-        return OnlineEvaluation(
-            args.eval_reference,
-            features=args.eval_features,
-            weights=args.eval_weights,
-            count=args.eval_samples,
-            resolution=args.resolution,
-            seed=args.seed,
-            path_type=args.path_type,
-            device=run.device,
-        )
+        with main_first():
+            network = load_features(args.eval_features, size, weights=args.eval_weights).to(run.device)
+        with about("--eval-reference"):
+            reference = read_reference(args.eval_reference, network, size, run.device)
+    sampler = SamplerConfig(path_type=args.path_type)  # its defaults: 50 Euler steps, no guidance
+    return OnlineEvaluation(network, reference, sampler, args.eval_samples, args.seed)
 
 
 class OnlineEvaluation:
-    """Draws the same samples at every call, without guidance, 50 Euler steps, and measures them.
+    """Draws the same samples at every call and measures them against the reference.
 
     The training's random draws are not touched: every draw here depends on (seed, sample number) alone.
 
     Args:
-        reference: as `evaluate.py --reference` takes it.
-        features: as `--features` there.
-        weights: of the feature network, when not downloaded.
+        network: as `load_features` gives it, on the device of the networks that are measured.
+        reference: in the space of that network.
+        sampler: how samples are drawn.
         count: samples.
-        resolution: side of the images.
         seed: of the samples.
-        path_type: as the model is trained.
-        batch_size: samples at a time per process.
     """
 
-    def __init__(
-        self,
-        reference: str,
-        *,
-        features: str,
-        weights: str | None,
-        count: int,
-        resolution: int,
-        seed: int,
-        path_type: str,
-        device: torch.device,
-        batch_size: int = 64,
-    ):
-        size = (resolution, resolution)
-        self.device, self.count, self.seed, self.batch_size = device, count, seed, batch_size
-        self.sampler = SamplerConfig(path_type=path_type)
-        with main_first():
-            self.network = load_features(features, size, weights=weights).to(device)
-        with about("--eval-reference"):
-            self.reference = read_reference(reference, self.network, size, device)
+    def __init__(self, network: nn.Module, reference: FeatureSet, sampler: SamplerConfig, count: int, seed: int):
+        self.network, self.reference, self.sampler = network, reference, sampler
+        self.count, self.seed = count, seed
 
     @torch.no_grad()
     def __call__(self, sit: SiT, vae: AutoencoderKL, latent_stats: tuple[Tensor, Tensor]) -> dict[str, float]:
         """The metrics of `evaluate.py`, the same on every process; all processes must call."""
-        evaluator = Evaluator(self.network, self.reference, self.device)
-        for start in range(rank() * self.batch_size, self.count, world_size() * self.batch_size):
-            indices = range(start, start + self.batch_size)  # the last batch keeps its shape; what is over is dropped
-            labels = sample_labels(self.seed, indices, sit.num_classes).to(self.device)
+        device = sit.pos_embed.device
+        evaluator = Evaluator(self.network, self.reference, device)
+        for start in range(rank() * BATCH_SIZE, self.count, world_size() * BATCH_SIZE):
+            indices = range(start, start + BATCH_SIZE)  # the last batch keeps its shape; what is over is dropped
+            labels = sample_labels(self.seed, indices, sit.num_classes).to(device)
             images = draw_images(sit, vae, latent_stats, indices, labels, self.seed, self.sampler)
-            kept = min(self.batch_size, self.count - start)
+            kept = min(BATCH_SIZE, self.count - start)
             evaluator.add(images[:kept], torch.tensor(indices[:kept]))
         return evaluator.result()

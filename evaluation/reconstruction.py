@@ -64,6 +64,8 @@ def measure_reconstruction(
     assert (network is None) == (originals is None), "the network and the originals' features go together"
     check_size(vae, source, lpips=lpips is not None)
     stream = None if network is None else FeatureStream(network, device, batch_size=batch_size, keep=NOTHING)
+
+    # This process's share of the images; empty rows first, as a process may have no image at all.
     numbers, values = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, 3, dtype=torch.float64)]
     bar = tqdm(total=len(source), desc="reconstruction", unit="image", disable=rank() > 0)
     with together(), bar:
@@ -77,11 +79,13 @@ def measure_reconstruction(
                 stream.add(reconstructions, indices)
             bar.update(min(len(source) - bar.n, batch_size * world_size()))
 
+    # Means over all, summed in the order of the images, whoever measured them.
     numbers, values = gather_rows(torch.cat(numbers)), gather_rows(torch.cat(values))
     means = values[numbers.argsort()].mean(0).tolist()
     results = dict(zip(("psnr", "ssim", "lpips"), means, strict=True))
     if lpips is None:
         del results["lpips"]
+
     if stream is not None:
         warn_if_few("reconstructions", len(source), network.dim)
         name = "rfid" if network.label == "inception" else f"rfd_{network.label}"
@@ -124,14 +128,18 @@ def latent_colours(z: Tensor, size: tuple[int, int]) -> Tensor:
     Returns:
         uint8 (B, 3, H, W).
     """
+    # Principal axes, with a sign that does not depend on the library.
     points = z.double().permute(0, 2, 3, 1).flatten(0, 2)  # (B h w, C)
     points = points - points.mean(0)
     axes = torch.linalg.svd(points, full_matrices=False)[2][:3]  # (3, C)
     axes = axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()
-    components = points @ axes.T
+
+    # Components along them, spread over 0..1.
+    components = points @ axes.T  # (B h w, 3)
     low, high = (components.quantile(q, dim=0) for q in (0.01, 0.99))
     components = ((components - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
     components = F.pad(components, (0, 3 - components.shape[1]))
+
     colours = components.unflatten(0, (len(z), *z.shape[2:])).permute(0, 3, 1, 2)
     return (F.interpolate(colours, size=size, mode="nearest") * 255).byte()
 
@@ -140,7 +148,7 @@ def comparison_picture(images: Tensor, vaes: dict[str, AutoencoderKL]) -> np.nda
     """A picture of originals and, for each VAE, its reconstructions, their differences and its latents.
 
     Args:
-        images: uint8 (B, 3, H, W) on the VAEs' device; a column each.
+        images: uint8 (B, 3, H, W) on the VAEs' device; a column for each.
         vaes: caption -> VAE.
     Returns:
         uint8 (height, width, 3), with captions above the rows.
@@ -160,13 +168,8 @@ def comparison_picture(images: Tensor, vaes: dict[str, AutoencoderKL]) -> np.nda
 
 
 def _strip(images: Tensor) -> np.ndarray:
-    return image_grid(
-        images.repeat_interleave(_zoom(images), 2).repeat_interleave(_zoom(images), 3), columns=len(images)
-    )
-
-
-def _zoom(images: Tensor) -> int:
-    return max(1, SMALLEST_SHOWN // images.shape[-1])
+    zoom = max(1, SMALLEST_SHOWN // images.shape[-1])
+    return image_grid(images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3), columns=len(images))
 
 
 def _caption(text: str, width: int, height: int = 20) -> np.ndarray:

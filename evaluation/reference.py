@@ -50,8 +50,9 @@ def read_reference(
     Raises:
         InputError: unreadable, of another size, or of another feature space.
     """
+    # What can be refused without reading an image; and what the file holds already.
     path = Path(path)
-    with main_first():  # what can be refused without reading an image
+    with main_first():
         arrays = open_npz(path) if path.is_file() else {}
         if "meta" in arrays:
             return _own_file(path, arrays, network, size, device)
@@ -66,15 +67,17 @@ def read_reference(
                 spatial = _moments(path, arrays, "mu_s", "sigma_s", network.spatial_dim)
         elif source is None:
             raise InputError(f"{path} holds Inception's moments alone; --features {network.label} needs images")
+
+    # All from the images, where no moments in this space are stored.
     if not stored:
         if "mu" in arrays:
-            _say(
-                f"{path}: the stored moments are Inception's; those in the space of {network.label} are of its "
-                f"{len(source)} images"
-            )
+            others = f"those in the space of {network.label} are of its {len(source)} images"
+            _say(f"{path}: the stored moments are Inception's; {others}")
         # A folder may hold a whole training set: it gives precision and recall 10,000 images, evenly spread.
         keep = None if path.is_file() else torch.tensor(evenly_spaced(len(source), NEIGHBOUR_IMAGES))
         return extract(source, network, device, batch_size=batch_size, keep=keep, description="reference")
+
+    # Stored moments: FID is then the published one. Precision and recall still need images.
     images = None
     if source is not None:
         images = extract(source, network, device, batch_size=batch_size, description="reference images")
@@ -92,7 +95,13 @@ def save_reference(
     device: torch.device,
     source: str,
 ) -> None:
-    """Write a feature set as a reference file; call it on one process."""
+    """Write a feature set as a reference file; call it on one process.
+
+    Args:
+        reference: in the space of `network`, which is on `device`.
+        size: height and width of its images.
+        source: where they came from, for whoever reads the file.
+    """
     meta = {"format": FORMAT, "features": network.label, "size": list(size), "count": reference.count, "source": source}
     arrays = {"mu": reference.pool[0], "sigma": reference.pool[1], "probe": probe(network, size, device)}
     if reference.spatial is not None:
@@ -104,6 +113,7 @@ def save_reference(
 
 
 def _own_file(path: Path, arrays: dict, network: nn.Module, size: tuple[int, int], device) -> FeatureSet:
+    """The feature set in a file of `save_reference`, made in this network's space from images of this size."""
     try:
         meta = json.loads(str(np.asarray(arrays["meta"])))
         label, made_for, count = meta["features"], tuple(meta["size"]), meta["count"]
@@ -118,9 +128,12 @@ def _own_file(path: Path, arrays: dict, network: nn.Module, size: tuple[int, int
         raise InputError(f"{path} was made in the space of {label}; --features asks for {network.label}")
     if made_for != tuple(size):
         raise InputError(f"{path} was made from {made_for} images; {tuple(size)} is needed")
+
+    # The label names a network; the features of the fixed image tell whether its weights were these.
     stored = {name: _tensor(path, arrays, name) for name in ("probe", "features") if name in arrays}
     if "probe" not in stored or not same_network(stored["probe"], probe(network, size, device)):
         raise InputError(f"{path} was made with other weights of {label}; make it again with --save-stats")
+
     features = stored.get("features")
     if features is not None and (features.ndim != 2 or features.shape[1] != network.dim):
         raise InputError(f"{path}: features are {tuple(features.shape)}; (images, {network.dim}) are needed")
@@ -144,5 +157,6 @@ def _tensor(path: Path, arrays: dict, name: str) -> Tensor:
 
 
 def _say(message: str) -> None:
+    """On rank 0 alone."""
     if rank() == 0:
         logger.warning(message)

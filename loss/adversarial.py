@@ -1,11 +1,11 @@
 """The GAN terms of the VAE: the hinge loss (arXiv 1705.02894) and LeCam regularisation (arXiv 2104.03310)."""
 
 import torch
-import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loss.config import VAELossConfig
+from utils.distributed import all_sum, world_size
 
 
 def adversarial_factor(config: VAELossConfig, step: int) -> float:
@@ -52,15 +52,12 @@ class DiscriminatorLoss(nn.Module):
         if weight == 0:
             return real.new_zeros(())
         distance = F.relu(real - self.fake_logits_mean).square() + F.relu(self.real_logits_mean - fake).square()
-        seen = _mean_over_processes(torch.stack([real.detach(), fake.detach()]))
+
+        # The running means are those of all processes, so that every process is held to the same ones.
+        seen = torch.stack([real.detach(), fake.detach()])
+        all_sum(seen)
+        seen = seen / world_size()
         # New tensors, not in place: the graph of `distance` holds the old ones.
         self.real_logits_mean = self.real_logits_mean * decay + seen[:1] * (1 - decay)
         self.fake_logits_mean = self.fake_logits_mean * decay + seen[1:] * (1 - decay)
         return weight * distance.mean()
-
-
-def _mean_over_processes(values: Tensor) -> Tensor:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(values)
-        values /= torch.distributed.get_world_size()
-    return values

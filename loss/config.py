@@ -48,6 +48,8 @@ def read_loss_config(path: str | Path, *, flag: str = "--loss-cfg-path") -> VAEL
         raise InputError(f"{flag}: {path} is not YAML ({error})") from None
     if not isinstance(document, Mapping):
         raise InputError(f"{flag}: {path} has no 'key: value' lines")
+
+    # Ours are converted; the public file's further keys must say what we do anyway.
     known = {field.name: field.type for field in fields(VAELossConfig)}
     values = {}
     for key, value in _flat(document).items():

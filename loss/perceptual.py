@@ -1,6 +1,5 @@
 """LPIPS (arXiv 1801.03924), the `lpips` package's own network, with the VGG16 trunk loaded from a named file."""
 
-import os
 import warnings
 from pathlib import Path
 
@@ -8,9 +7,11 @@ import torch
 from torch import nn
 
 from utils.errors import InputError, about
+from utils.hub import cache_path, download, fetch_once
 from utils.torch_files import read_torch_file
 
 VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"  # torchvision, IMAGENET1K_V1, 528 MB
+VGG16_SHA256 = "397923af"  # its beginning
 
 
 def load_lpips(weights: str | Path | None = None, *, flag: str = "--lpips-weights") -> nn.Module:
@@ -23,17 +24,21 @@ def load_lpips(weights: str | Path | None = None, *, flag: str = "--lpips-weight
     Raises:
         InputError: the file is missing, unreadable or not a vgg16; or there is none and no way to download it.
     """
+    # The trunk is torchvision's VGG16.
     path = _downloaded(flag) if weights is None else Path(weights)
     if not path.is_file():
         raise InputError(f"{flag}: {path} does not exist; {_where_to_put_it(flag)}")
     with about(flag):
         trunk = read_torch_file(path)
 
+    # The network, without weights yet: no download, and no draw from torch's global generator.
     import lpips  # late: it pulls in torchvision and scipy, and a perceptual weight of 0 needs none of it
 
-    with torch.device("meta"), warnings.catch_warnings():  # no random weights, no draw from the global generator
+    with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # lpips still says `pretrained=` to torchvision
         network = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
+
+    # Weights: trunk from the file, calibration ("lin" layers) from the package, and the scaling of its constructor.
     packaged = Path(lpips.__file__).parent / "weights/v0.1/vgg.pth"
     calibration = torch.load(packaged, map_location="cpu", weights_only=True)
     state = {"scaling_layer.shift": network.scaling_layer.shift, "scaling_layer.scale": network.scaling_layer.scale}
@@ -57,30 +62,15 @@ def _trunk_tensor(trunk: dict, key: str, shape: torch.Size, where: str) -> torch
 
 def _downloaded(flag: str) -> Path:
     """The trunk in torch's hub cache; when absent, downloaded by one process while the others wait for it."""
-    path = _cached()
-    if path.is_file():
-        return path
-    from filelock import FileLock
-
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):
-            if not path.is_file():
-                progress = int(os.environ.get("LOCAL_RANK", 0)) == 0
-                torch.hub.download_url_to_file(VGG16_URL, str(path), hash_prefix="397923af", progress=progress)
-    except (OSError, RuntimeError) as error:  # RuntimeError: the hash of what came is another
-        raise InputError(
-            f"LPIPS needs VGG16, and it cannot be downloaded ({error}); {_where_to_put_it(flag)}"
-        ) from None
-    return path
-
-
-def _cached() -> Path:
-    return Path(torch.hub.get_dir(), "checkpoints", Path(VGG16_URL).name)
+        return fetch_once(VGG16_URL, lambda path: download(VGG16_URL, path, VGG16_SHA256))
+    except (OSError, RuntimeError) as error:
+        problem = f"LPIPS needs VGG16, and it cannot be downloaded ({error})"
+        raise InputError(f"{problem}; {_where_to_put_it(flag)}") from None
 
 
 def _where_to_put_it(flag: str) -> str:
     return (
-        f"fetch {VGG16_URL} (528 MB) and put it at {_cached()} or name it with {flag}; "
+        f"fetch {VGG16_URL} (528 MB) and put it at {cache_path(VGG16_URL)} or name it with {flag}; "
         "perceptual_weight: 0 in the loss configuration needs none"
     )

@@ -1,4 +1,8 @@
-"""The VAE's loss: reconstruction, LPIPS, KL and the generator's side of the GAN (the recipe of SD-VAE)."""
+"""The VAE's loss: reconstruction, LPIPS, KL and the generator's side of the GAN.
+
+It is the recipe of SD-VAE, and the regularisation L_REG of REPA-E (arXiv 2504.10483, section 3), which keeps the VAE a
+good autoencoder while the alignment moves its latents.
+"""
 
 import math
 
@@ -45,6 +49,8 @@ class VAELoss:
 
     def _terms(self, pixels, reconstruction, moments, discriminator, step):
         config = self.config
+
+        # Reconstruction: the likelihood of a Laplace (L1) or Gaussian (L2) whose variance is fixed.
         distance = F.l1_loss if config.reconstruction_loss == "l1" else F.mse_loss
         likelihood_scale = config.reconstruction_weight / math.exp(config.logvar_init)
         reconstruction_loss = likelihood_scale * distance(reconstruction, pixels)
@@ -55,6 +61,7 @@ class VAELoss:
 
         kl_loss = config.kl_weight * kl(moments).mean()
 
+        # The generator's side of the hinge GAN: raise the discriminator's logits of the reconstruction.
         factor = adversarial_factor(config, step)
         gan_loss = pixels.new_zeros(())
         if factor > 0 and config.discriminator_weight > 0:

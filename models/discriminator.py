@@ -58,10 +58,8 @@ def load_discriminator(path: str | Path | None) -> PatchDiscriminator:
     if path is not None:
         with about("--disc-pretrained-ckpt"):
             if not Path(path).is_file():
-                raise InputError(
-                    f"{path} does not exist; `hf download REPA-E/sdvae` has a public one, and without the "
-                    "flag it starts fresh"
-                )
+                advice = "`hf download REPA-E/sdvae` has a public one, and without the flag it starts fresh"
+                raise InputError(f"{path} does not exist; {advice}")
             load_strictly(discriminator, read_torch_file(path), str(path))
     return discriminator
 

@@ -49,9 +49,8 @@ class EncoderSpec:
     def grid(self, resolution: int) -> int:
         """Tokens per side for images of resolution x resolution; `InputError` unless the grid is whole."""
         if resolution < PIXELS_PER_TOKEN or resolution % PIXELS_PER_TOKEN:
-            raise InputError(
-                f"--resolution: {resolution} was given; encoder {self.name} needs a multiple of {PIXELS_PER_TOKEN}"
-            )
+            needed = f"encoder {self.name} needs a multiple of {PIXELS_PER_TOKEN}"
+            raise InputError(f"--resolution: {resolution} was given; {needed}")
         return resolution // PIXELS_PER_TOKEN
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 import torch
-from filelock import FileLock
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from models.encoder_table import EncoderSpec
 from utils.errors import InputError
 from utils.files import atomic_write, require_disk, sha256
+from utils.hub import cache_path, fetch_once
 from utils.torch_files import read_torch_file
 
 logger = logging.getLogger(__name__)
@@ -40,10 +40,8 @@ def find_weights(spec: EncoderSpec, checkpoint: str | None = None) -> Path:
     if checkpoint is not None:
         path = Path(checkpoint)
         if path.is_dir():
-            raise InputError(
-                f"--enc-ckpt: {checkpoint} is a folder; a weights file is needed "
-                f"(a folder in timm's format: --enc-type timm:local-dir:{checkpoint})"
-            )
+            otherwise = f"a folder in timm's format: --enc-type timm:local-dir:{checkpoint}"
+            raise InputError(f"--enc-ckpt: {checkpoint} is a folder; a weights file is needed ({otherwise})")
         if not path.is_file():
             raise InputError(f"--enc-ckpt: {checkpoint} does not exist; {_how_to_get(spec)}")
         return path
@@ -54,16 +52,13 @@ def find_weights(spec: EncoderSpec, checkpoint: str | None = None) -> Path:
 
 
 def _usual_places(spec: EncoderSpec) -> list[Path]:
+    """Where the public code, torch hub and the publisher's own package put the file."""
     places = [FOLDER / spec.file]
     if spec.url:
-        places.append(_cached(spec))
+        places.append(cache_path(spec.url))
     if spec.cached_as:
         places.append(Path(spec.cached_as).expanduser())
     return places
-
-
-def _cached(spec: EncoderSpec) -> Path:
-    return Path(torch.hub.get_dir()) / "checkpoints" / spec.url.rsplit("/", 1)[-1]
 
 
 def _how_to_get(spec: EncoderSpec) -> str:
@@ -82,22 +77,16 @@ def download(spec: EncoderSpec) -> Path:
     """
     if not spec.url:
         raise InputError(f"--enc-type: {spec.name} has no weights here and no direct address; {_how_to_get(spec)}")
-    path = _cached(spec)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
-            if not path.is_file():
-                logger.info("downloading %s (%s GB) to %s", spec.url, spec.size_gb, path)
-                _fetch(spec, path)
+        return fetch_once(spec.url, lambda path: _fetch(spec, path))
     except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", None) or error
-        raise InputError(
-            f"--enc-type: {spec.name} has no weights here, and the download failed ({reason}); {_how_to_get(spec)}"
-        ) from error
-    return path
+        problem = f"has no weights here, and the download failed ({getattr(error, 'reason', None) or error})"
+        raise InputError(f"--enc-type: {spec.name} {problem}; {_how_to_get(spec)}") from error
 
 
 def _fetch(spec: EncoderSpec, path: Path, timeout: float = 30.0) -> None:
+    """Download to `path`, which appears when length and checksum are right; room on the disk is asked for first."""
+    logger.info("downloading %s (%s GB) to %s", spec.url, spec.size_gb, path)
     with urllib.request.urlopen(spec.url, timeout=timeout) as response, atomic_write(path) as temporary:
         length = int(response.headers.get("Content-Length") or 0)
         require_disk(path, length, f"--enc-type: the weights of {spec.name}")
@@ -139,6 +128,8 @@ def read_weights(path: str | Path, *, script_sha256: str | None = None) -> dict:
             raise InputError(f"{path} is truncated or no safetensors file ({error})") from error
     if not _is_torchscript(path):
         return read_torch_file(path)
+
+    # A TorchScript archive, such as CLIP's, runs code when it is opened: the one that is known, or none.
     found = sha256(path)
     if found != script_sha256:
         needed = f"only the one with sha256 {script_sha256}" if script_sha256 else "a file of tensors"
@@ -193,13 +184,16 @@ def to_timm_state(spec: EncoderSpec, checkpoint: Mapping, network: nn.Module, pa
     def refuse(problem: str):
         raise InputError(f"{path} does not hold {spec.name}: {problem}")
 
+    # From the publisher's names to timm's, with positions resampled. Classifiers are of no use here.
     state = _encoder_part(spec, checkpoint, refuse)
     _check_before_conversion(spec, state, network, refuse)
     try:
         state = checkpoint_filter_fn(state, network)
     except (KeyError, IndexError, RuntimeError, ValueError) as error:
         refuse(f"timm cannot convert it ({error!r})")
-    state = {key: tensor for key, tensor in state.items() if not key.startswith("head.")}  # classifiers are not used
+    state = {key: tensor for key, tensor in state.items() if not key.startswith("head.")}
+
+    # Exactly the network's keys and shapes.
     expected = network.state_dict()
     if missing := [key for key in expected if key not in state]:
         refuse(f"the key {missing[0]!r} is missing" + _and_more(missing))
@@ -213,6 +207,7 @@ def to_timm_state(spec: EncoderSpec, checkpoint: Mapping, network: nn.Module, pa
 
 def _encoder_part(spec: EncoderSpec, checkpoint: Mapping, refuse) -> dict[str, Tensor]:
     """The file's entries that belong to the encoder, under their bare names."""
+    # Out of the wrapper, beside which nothing unknown may stand; timm's converted copy has none.
     wrapper, prefix = spec.wrapper, spec.prefix
     if wrapper is not None and wrapper not in checkpoint and spec.timm_copy and "pos_embed" in checkpoint:
         wrapper, prefix = None, ""
@@ -223,6 +218,8 @@ def _encoder_part(spec: EncoderSpec, checkpoint: Mapping, refuse) -> dict[str, T
             if key != wrapper and not _is_ignored(spec, key):
                 refuse(f"the entry {key!r} beside {wrapper!r} is unexpected")
         checkpoint = checkpoint[wrapper]
+
+    # Without the prefix, and with the publisher's slips in naming mended.
     state = {}
     for key, value in checkpoint.items():
         if _is_ignored(spec, key):
@@ -244,9 +241,13 @@ def _check_before_conversion(spec: EncoderSpec, state: dict[str, Tensor], networ
         refuse(f"the key 'patch_embed.proj.weight' is missing, it has {_some(state)}")
     if patches.shape != (needed := network.patch_embed.proj.weight.shape):
         refuse(f"its patch projection has shape {tuple(patches.shape)}, {tuple(needed)} is needed")
+
+    # Another variant of the same network: with registers, or without.
     registers = "register_tokens" in state or "reg_token" in state
     if registers != (spec.prefix_tokens > 1):
         refuse("it has register tokens" if registers else "the key 'register_tokens' is missing")
+
+    # Positions are resampled as a square; timm's copies with registers keep none for the class token.
     positions = state.get("pos_embed", state.get("visual.positional_embedding"))
     if positions is not None:
         with_class = spec.prefix_tokens > 0 and "reg_token" not in state

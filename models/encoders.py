@@ -31,11 +31,18 @@ TIMM = "timm:"
 class Encoder(nn.Module):
     """A frozen ViT from raw images to its patch tokens: always in eval mode, no gradients.
 
-    Attributes:
+    Args:
         name: as in `--enc-type`.
-        embed_dim: width F of a token.
-        grid: tokens per side; N = grid * grid, row by row.
+        network: a timm ViT with its weights.
         resolution, input_size: side R of the images, side S of what the ViT sees.
+        grid: tokens per side; N = grid * grid, row by row.
+        embed_dim: width F of a token.
+        prefix_tokens: class and register tokens before those of the patches.
+        mean_std: of RGB in [0, 1].
+        interpolation: from R to S, a mode of torch's `interpolate`.
+        resize_first: resize, then normalise; else the other way round.
+    Attributes:
+        name, resolution, input_size, grid, embed_dim: as given.
     """
 
     def __init__(
@@ -149,9 +156,8 @@ def parse_encoder_list(enc_type: str | None, enc_ckpt: str | None = None) -> lis
             raise InputError(f"--enc-type: {name!r} was given; choose from {', '.join(ENCODERS)}, timm:NAME, or None")
     files = [file.strip() or None for file in enc_ckpt.split(",")] if enc_ckpt else [None] * len(names)
     if len(files) != len(names):
-        raise InputError(
-            f"--enc-ckpt: {len(files)} file(s) were given; --enc-type {enc_type} needs {len(names)}, one per encoder"
-        )
+        needed = f"--enc-type {enc_type} needs {len(names)}, one per encoder"
+        raise InputError(f"--enc-ckpt: {len(files)} file(s) were given; {needed}")
     return list(zip(names, files, strict=True))
 
 
@@ -194,21 +200,19 @@ def load_encoder(name: str, resolution: int = 256, checkpoint: str | None = None
 
 
 def _load_public(spec: EncoderSpec, resolution: int, checkpoint: str | None) -> Encoder:
-    grid = spec.grid(resolution)
     network = load_network(spec, resolution, checkpoint)
     if not spec.final_norm:  # built and loaded with it, so that the file is checked whole
         network.norm = nn.Identity()
-    return Encoder(
-        spec.name,
-        network,
-        resolution=resolution,
-        input_size=grid * spec.patch,
-        grid=grid,
-        embed_dim=spec.width,
-        prefix_tokens=spec.prefix_tokens,
-        mean_std=spec.mean_std,
-        resize_first=spec.resize_first,
-    )
+    return public_encoder(spec, network, resolution)
+
+
+def public_encoder(spec: EncoderSpec, network: nn.Module, resolution: int) -> Encoder:
+    """The encoder of a record around its network (of `build`, with weights), for images of this resolution."""
+    grid = spec.grid(resolution)
+    sizes = dict(resolution=resolution, input_size=grid * spec.patch, grid=grid)
+    tokens = dict(embed_dim=spec.width, prefix_tokens=spec.prefix_tokens)
+    pixels = dict(mean_std=spec.mean_std, resize_first=spec.resize_first)
+    return Encoder(spec.name, network, **sizes, **tokens, **pixels)
 
 
 def load_network(spec: EncoderSpec, resolution: int, checkpoint: str | None = None) -> nn.Module:
@@ -229,15 +233,9 @@ def build(spec: EncoderSpec, resolution: int, depth: int | None = None) -> nn.Mo
         resolution: side of the run's images.
         depth: other number of blocks than the public network's.
     """
+    size = dict(img_size=spec.grid(resolution) * spec.patch, depth=depth or spec.depth, num_heads=spec.heads)
     with torch.device("meta"):
-        network = timm.create_model(
-            spec.timm_name,
-            pretrained=False,
-            num_classes=0,
-            img_size=spec.grid(resolution) * spec.patch,
-            depth=depth or spec.depth,
-            num_heads=spec.heads,
-        )
+        network = timm.create_model(spec.timm_name, pretrained=False, num_classes=0, **size)
     eps = {module.eps for module in network.modules() if isinstance(module, nn.LayerNorm)}
     assert eps == {spec.eps}, f"{spec.timm_name} has LayerNorm eps {eps}, {spec.name} was trained with {spec.eps}"
     return network
@@ -248,35 +246,31 @@ def build(spec: EncoderSpec, resolution: int, depth: int | None = None) -> nn.Mo
 
 def _load_timm(name: str, resolution: int, checkpoint: str | None) -> Encoder:
     """`timm:NAME` with its pretrained weights or a file's; its input is as near to the resolution as its patch lets."""
+    # What the ViT sees, and what it gives for that; told without weights.
     patch, _ = _timm_shape(name)
     input_size = max(1, round(resolution / patch)) * patch
     grid, width = _check_tokens(name, _timm_model(name, img_size=input_size, meta=True), input_size)
+
+    # Its weights: timm's, or a file's.
     options = {}
     if checkpoint is not None:
         if not Path(checkpoint).is_file():
             raise InputError(f"--enc-ckpt: {checkpoint} is not a file; the weights of {name} are needed")
         # Built with the file's own classifier, if any, because timm loads strictly only where the classes agree.
-        try:
+        with about("--enc-ckpt"):
             num_classes = _classes_in(checkpoint)
-        except InputError as error:
-            raise InputError(f"--enc-ckpt: {error}") from None
         overlay = {"source": None, "file": checkpoint, "num_classes": num_classes}
         options = {"num_classes": num_classes, "pretrained_cfg_overlay": overlay}
     network = _timm_model(name, img_size=input_size, pretrained=True, **options)
     network.reset_classifier(0)
+
+    # Its preprocessing, as timm records it.
     config = network.pretrained_cfg
     interpolation = config["interpolation"] if config["interpolation"] in ("bilinear", "nearest") else "bicubic"
-    return Encoder(
-        name,
-        network,
-        resolution=resolution,
-        input_size=input_size,
-        grid=grid,
-        embed_dim=width,
-        prefix_tokens=getattr(network, "num_prefix_tokens", 0),
-        mean_std=(config["mean"], config["std"]),
-        interpolation=interpolation,
-    )
+    sizes = dict(resolution=resolution, input_size=input_size, grid=grid)
+    tokens = dict(embed_dim=width, prefix_tokens=getattr(network, "num_prefix_tokens", 0))
+    pixels = dict(mean_std=(config["mean"], config["std"]), interpolation=interpolation)
+    return Encoder(name, network, **sizes, **tokens, **pixels)
 
 
 def _timm_model(name: str, *, meta: bool = False, **options) -> nn.Module:
@@ -351,9 +345,8 @@ def _download(name: str) -> Path | str:
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(prog="python -m models.encoders", description="The frozen encoders and their weights.")
-    parser.add_argument(
-        "action", choices=["list", "download"], help="list the public encoders, or fetch weights ahead of a run"
-    )
+    actions = "list the public encoders, or fetch weights ahead of a run"
+    parser.add_argument("action", choices=["list", "download"], help=actions)
     parser.add_argument("names", nargs="*", metavar="NAME", help="what to download, as in --enc-type")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -19,7 +19,8 @@ def coefficients(t: Tensor, path_type: str) -> tuple[Tensor, Tensor, Tensor, Ten
 
 def interpolate(x_0: Tensor, noise: Tensor, t: Tensor, path_type: str) -> tuple[Tensor, Tensor]:
     """Noised latents x_t and the velocity d x_t / dt that SiT learns; x_0 and noise (B, ...), t (B,)."""
-    alpha, sigma, d_alpha, d_sigma = coefficients(t.view(-1, *[1] * (x_0.dim() - 1)), path_type)
+    t = t.view(-1, *[1] * (x_0.dim() - 1))  # (B, 1, ...)
+    alpha, sigma, d_alpha, d_sigma = coefficients(t, path_type)
     return alpha * x_0 + sigma * noise, d_alpha * x_0 + d_sigma * noise
 
 
@@ -35,7 +36,7 @@ def time_from_draw(draw: Tensor, weighting: str, path_type: str) -> Tensor:
 
     Args:
         draw: (B,) uniform on [0, 1) for weighting "uniform"; standard normal for "lognormal", where the noise-to-signal
-            ratio sigma / alpha (linear) or tan (cosine) is exp(draw).
+            ratio sigma / alpha is exp(draw): t = r / (1 + r) on the linear path, 2/pi atan(r) on the cosine one.
     """
     if weighting == "uniform":
         return draw
@@ -47,9 +48,9 @@ def time_from_draw(draw: Tensor, weighting: str, path_type: str) -> Tensor:
 class Noising:
     """How training noises latents: the path, how t is drawn, and the share of labels that is dropped."""
 
-    path_type: str = "linear"
-    weighting: str = "uniform"
-    cfg_prob: float = 0.1
+    path_type: str = "linear"  # or "cosine"
+    weighting: str = "uniform"  # or "lognormal": of t, not of the loss
+    cfg_prob: float = 0.1  # for classifier-free guidance
 
     def draw(self, draws, latent_shape: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """The random numbers of a micro-step, each from a generator of its own.

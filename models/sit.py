@@ -9,12 +9,12 @@ import math
 from functools import partial
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Attention, Mlp
 from torch import Tensor, nn
 
+from utils.distributed import all_sum, world_size
 from utils.errors import InputError
 
 # Depth, width and heads of each size. The public code names S but cannot run it; T is ours, for laptops and tests.
@@ -84,16 +84,21 @@ class SiT(nn.Module):
         self.encoder_depth = encoder_depth
         self.null_label = num_classes if class_dropout_prob > 0 else None
 
+        # Latents to tokens with positions; time and label to the vector that conditions every block.
         self.grid = input_size // patch_size  # tokens per side
         self.pos_embed = nn.Parameter(sincos_positions(hidden_size, self.grid), requires_grad=learn_pos_embed)
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size, strict_img_size=False)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes + (class_dropout_prob > 0), hidden_size)
+
+        # Tokens to velocity, with REPA's projectors on the way.
         self.blocks = nn.ModuleList(
             SiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm=qk_norm, fused_attn=fused_attn) for _ in range(depth)
         )
         self.projectors = nn.ModuleList(projector(hidden_size, projector_dim, width) for width in z_dims)
         self.final_layer = FinalLayer(hidden_size, patch_size, in_channels)
+
+        # REPA-E's normaliser of the latents. It stands outside `forward`: see `normalize`.
         self.bn = LatentNorm(in_channels, eps=1e-4, momentum=bn_momentum, affine=False)
         self._initialize()
 
@@ -111,13 +116,14 @@ class SiT(nn.Module):
         Returns:
             velocity (B, C, H, W), and one (B, N, F) tensor of projections per encoder.
         """
-        x, c = self._embed(x_t, t, labels, drop)
+        x, c = self._embed(x_t, t, labels, drop)  # (B, N, D), (B, D)
         projections = []
         for depth, block in enumerate(self.blocks, start=1):
             x = block(x, c)  # (B, N, D)
             if depth == self.encoder_depth:
-                projections = [project(x) for project in self.projectors]
-        return self._unpatchify(self.final_layer(x, c)), projections
+                projections = [project(x) for project in self.projectors]  # (B, N, F) each
+        patches = self.final_layer(x, c)  # (B, N, patch * patch * C)
+        return self._unpatchify(patches), projections
 
     def project(self, x_t: Tensor, t: Tensor, labels: Tensor) -> list[Tensor]:
         """The projections of `forward` alone: only the first `encoder_depth` blocks run, no label is dropped."""
@@ -148,12 +154,14 @@ class SiT(nn.Module):
         return self.x_embedder(x_t) + self.pos_embed, self.t_embedder(t) + self.y_embedder(labels)
 
     def _unpatchify(self, x: Tensor) -> Tensor:
+        """Patches of velocity (B, N, p * p * C) -> (B, C, H, W)."""
         p, g = self.patch_size, self.grid
-        x = x.reshape(x.shape[0], g, g, p, p, self.in_channels)
+        x = x.reshape(x.shape[0], g, g, p, p, self.in_channels)  # rows and columns of tokens, then within a patch
         return x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], self.in_channels, g * p, g * p)
 
     def _initialize(self) -> None:
         """SiT's (and DiT's) initialisation: Xavier everywhere, then zero for what must start as the identity."""
+        # Xavier for linear layers, of which the patch embedding, written as a convolution, is one.
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -161,17 +169,14 @@ class SiT(nn.Module):
         patch = self.x_embedder.proj
         nn.init.xavier_uniform_(patch.weight.view(patch.weight.shape[0], -1))
         nn.init.zeros_(patch.bias)
-        for weight in (
-            self.y_embedder.embedding_table.weight,
-            self.t_embedder.mlp[0].weight,
-            self.t_embedder.mlp[2].weight,
-        ):
-            nn.init.normal_(weight, std=0.02)
-        for layer in (
-            *(block.adaLN_modulation[1] for block in self.blocks),
-            self.final_layer.adaLN_modulation[1],
-            self.final_layer.linear,
-        ):
+
+        # Small conditioning at first.
+        for layer in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+
+        # adaLN-Zero: gates of 0 make every block the identity, and the last layer's zeros make the velocity 0.
+        modulations = [module.adaLN_modulation[1] for module in (*self.blocks, self.final_layer)]
+        for layer in (*modulations, self.final_layer.linear):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -191,6 +196,7 @@ class SiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        # Shift, scale and gate (B, 1, D) of the attention and of the MLP.
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.adaLN_modulation(c).unsqueeze(1).chunk(6, dim=-1)
         x = x + gate_1 * self.attn(modulate(self.norm1(x), shift_1, scale_1))
         return x + gate_2 * self.mlp(modulate(self.norm2(x), shift_2, scale_2))
@@ -206,27 +212,27 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).unsqueeze(1).chunk(2, dim=-1)
+        shift, scale = self.adaLN_modulation(c).unsqueeze(1).chunk(2, dim=-1)  # (B, 1, D) each
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """The affine part of adaptive layer norm: tokens x (B, N, D), shift and scale (B, 1, D)."""
     return x * (1 + scale) + shift
 
 
 class TimestepEmbedder(nn.Module):
-    """Times (B,) -> (B, D): 256 sinusoids, then an MLP."""
+    """Times (B,) -> (B, D): 256 sinusoids of t itself (in [0, 1], not of 1000 t), then an MLP."""
 
     def __init__(self, hidden_size: int, num_frequencies: int = 128):
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(2 * num_frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
+        into, out = nn.Linear(2 * num_frequencies, hidden_size), nn.Linear(hidden_size, hidden_size)
+        self.mlp = nn.Sequential(into, nn.SiLU(), out)
         exponents = torch.arange(num_frequencies, dtype=torch.float32) / num_frequencies
         self.register_buffer("frequencies", torch.exp(-math.log(10000) * exponents), persistent=False)
 
     def forward(self, t: Tensor) -> Tensor:
-        angles = t[:, None].float() * self.frequencies
+        angles = t[:, None].float() * self.frequencies  # (B, 128)
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
 
 
@@ -253,11 +259,12 @@ def projector(hidden_size: int, projector_dim: int, width: int) -> nn.Sequential
 
 
 class LatentNorm(nn.BatchNorm2d):
-    """BatchNorm whose batch statistics are those of all processes together, on CUDA and on CPU.
+    """BatchNorm of the latents (REPA-E, section 3), whose batch statistics are those of all processes together.
 
-    (torch's SyncBatchNorm refuses CPU tensors.) Statistics are computed in float64, so that the number of processes
-    changes them by no more than the last float32 bit, and outside autocast. Across processes no gradient flows through
-    the statistics: in REPA-E the latents are detached wherever batch statistics are used.
+    It follows the VAE as training moves it: batch statistics while SiT learns, running ones for the VAE's alignment and
+    for sampling. (torch's SyncBatchNorm refuses CPU tensors.) Statistics are computed in float64, so that the number of
+    processes changes them by no more than the last float32 bit, and outside autocast. Across processes no gradient
+    flows through the statistics: in REPA-E the latents are detached wherever batch statistics are used.
     """
 
     def forward(self, z: Tensor) -> Tensor:
@@ -266,11 +273,15 @@ class LatentNorm(nn.BatchNorm2d):
             if not self.training:
                 return F.batch_norm(z, self.running_mean, self.running_var, eps=self.eps)
             mean, var, count = self._batch_statistics(z)
+
+            # Running statistics, as torch's BatchNorm moves them: of the variance, the unbiased estimate.
             with torch.no_grad():
                 unbiased = var.detach() * (count / (count - 1))
                 self.running_mean.lerp_(mean.detach().float(), self.momentum)
                 self.running_var.lerp_(unbiased.float(), self.momentum)
                 self.num_batches_tracked += 1
+
+            # The batch itself is normalised by the biased one.
             scale = (var + self.eps).rsqrt()
             return ((z - mean.float().view(1, -1, 1, 1)) * scale.float().view(1, -1, 1, 1)).float()
 
@@ -278,14 +289,13 @@ class LatentNorm(nn.BatchNorm2d):
     def _batch_statistics(z: Tensor) -> tuple[Tensor, Tensor, int]:
         """Per-channel mean and biased variance (C,) in float64 over all processes, and the number of values."""
         values = z.double()
-        processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        count = processes * (z.numel() // z.shape[1])  # every process has an equal share of the batch
+        count = world_size() * (z.numel() // z.shape[1])  # every process has an equal share of the batch
 
         def mean_over_all(x: Tensor) -> Tensor:
             total = x.sum(dim=(0, 2, 3))
-            if processes > 1:
+            if world_size() > 1:
                 assert not total.requires_grad, "batch statistics of several processes carry no gradient: detach z"
-                dist.all_reduce(total)
+                all_sum(total)
             return total / count
 
         mean = mean_over_all(values)
@@ -295,7 +305,7 @@ class LatentNorm(nn.BatchNorm2d):
 def sincos_positions(width: int, grid: int) -> Tensor:
     """Fixed 2-d sin-cos table (1, grid * grid, width) of MAE and DiT: first half columns, second half rows."""
     frequencies = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
-    angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
+    angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies  # (grid, width / 4)
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, width / 2)
     columns, rows = axis[None, :, :].expand(grid, -1, -1), axis[:, None, :].expand(-1, grid, -1)
     return torch.cat([columns, rows], dim=2).reshape(1, grid * grid, width).float()
@@ -340,6 +350,8 @@ def config_of_state_dict(
     """
     hidden, channels, patch, _ = state["x_embedder.proj.weight"].shape
     depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
+
+    # Heads leave no trace in the shapes, but for the norms of queries and keys, which are as wide as a head.
     qk_norm = "blocks.0.attn.q_norm.weight" in state
     if qk_norm:
         num_heads = hidden // state["blocks.0.attn.q_norm.weight"].numel()
@@ -348,9 +360,12 @@ def config_of_state_dict(
         if not fitting:
             raise ValueError(f"no SiT preset has depth {depth} and width {hidden}: the number of heads is unknown")
         num_heads = fitting[0]
+
+    # A null row, if there is one, comes after the rows of the classes.
     rows = state["y_embedder.embedding_table.weight"].shape[0]
     has_null = num_classes is None or rows == num_classes + 1
     projectors = sorted({int(key.split(".")[1]) for key in state if key.startswith("projectors.")})
+
     return dict(
         input_size=math.isqrt(state["pos_embed"].shape[1]) * patch,
         patch_size=patch,

@@ -12,12 +12,12 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 
+from dataset.data import evenly_spaced
 from dataset.latents import LatentStatistics
 from models.vae_keys import diffusers_shape, infer_config, key_pairs
 from utils.errors import InputError, about
@@ -122,10 +122,9 @@ def load_vae(arch: str, path: str | Path, *, flags: tuple[str, str] = ("--vae", 
             return vae_from_state(_read_state(path), arch, str(path), wanted)
         if arch == "auto" and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.parent.exists():
             return _from_pretrained(path)
-        raise InputError(
-            f"{path} does not exist; public ones: `hf download REPA-E/sdvae` (f8d4), REPA-E/e2e-vavae (f16d32), "
-            f"or {flags[0]} auto {flags[1]} stabilityai/sd-vae-ft-mse; see 'VAE' in README.md"
-        )
+        public = "`hf download REPA-E/sdvae` (f8d4), REPA-E/e2e-vavae (f16d32)"
+        auto = f"{flags[0]} auto {flags[1]} stabilityai/sd-vae-ft-mse"
+        raise InputError(f"{path} does not exist; public ones: {public}, or {auto}; see 'VAE' in README.md")
 
 
 def vae_from_state(state: Mapping, config: str | Mapping, what: str, wanted: str) -> AutoencoderKL:
@@ -147,20 +146,23 @@ def vae_from_state(state: Mapping, config: str | Mapping, what: str, wanted: str
         config = _config_of(state, what) if config == "auto" else vae_models[config]
     _check_fit(state["decoder.conv_in.weight"].shape[1], _levels(state), config, what, wanted)
 
+    # The network's names of its parameters -> the file's. Every key of either must be one of the other.
     with torch.device("meta"):
         vae = build_vae(config)
-    names = {ours: (ours if in_diffusers_keys else ldm) for ldm, ours in key_pairs(vae.config)}
+    names = {name: (name if in_diffusers_keys else ldm) for ldm, name in key_pairs(vae.config)}
     for key in [key for key in names.values() if key not in state]:
         raise InputError(f"{what} lacks the key {key!r}, which {wanted} needs")
     for key in sorted(state.keys() - set(names.values())):
         raise InputError(f"{what} has the key {key!r}, which {wanted} does not have")
+
+    # Weights in the network's shapes; copies, as the file may be memory-mapped.
     weights = {}
-    for ours, parameter in vae.named_parameters():
-        tensor = diffusers_shape(names[ours], state[names[ours]])
+    for name, parameter in vae.named_parameters():
+        tensor = diffusers_shape(names[name], state[names[name]])
         if tensor.shape != parameter.shape:
             found, needed = tuple(tensor.shape), tuple(parameter.shape)
-            raise InputError(f"{what}: {names[ours]!r} has shape {found}; {wanted} needs {needed}")
-        weights[ours] = tensor.to(torch.float32, copy=True)  # a copy: the file may be memory-mapped
+            raise InputError(f"{what}: {names[name]!r} has shape {found}; {wanted} needs {needed}")
+        weights[name] = tensor.to(torch.float32, copy=True)
     vae.load_state_dict(weights, assign=True)
     return vae.eval()
 
@@ -208,6 +210,7 @@ def _config_of(state: Mapping[str, Tensor], what: str) -> dict:
 
 
 def _levels(state: Mapping[str, Tensor]) -> int:
+    """Resolutions that the encoder passes through, each half of the one before; LDM or diffusers keys."""
     matches = [re.match(r"encoder\.down(?:_blocks)?\.(\d+)\.", key) for key in state]
     return 1 + max((int(match[1]) for match in matches if match), default=0)
 
@@ -335,6 +338,7 @@ def latent_statistics(
     Raises:
         InputError: the stored statistics are unreadable, of another channel count, or not positive and finite.
     """
+    # Beside the file, or in the folder's configuration.
     path = Path(path)
     stored = path.with_name(f"{path.stem}-latents-stats.pt")
     if path.is_file() and stored.is_file():
@@ -349,6 +353,7 @@ def latent_statistics(
         bias = torch.tensor(vae.config["latents_mean"])
     else:
         return None
+
     channels = vae.config["latent_channels"]
     scale, bias = (torch.as_tensor(value).float().reshape(1, -1, 1, 1) for value in (scale, bias))
     if scale.shape[1] != channels or bias.shape[1] != channels:
@@ -382,10 +387,9 @@ def measure_latent_statistics(
         InputError: the VAE's latents are not finite, or a channel is constant.
     """
     statistics = LatentStatistics(vae.config["latent_channels"], device)
-    count = min(len(data), max_images)
-    chosen = np.arange(count) * len(data) // count
-    for first in range(rank * batch_size, count, world_size * batch_size):
-        images = data.__getitems__(chosen[first : first + batch_size].tolist())[0].to(device)
+    chosen = evenly_spaced(len(data), max_images)
+    for first in range(rank * batch_size, len(chosen), world_size * batch_size):
+        images = data.__getitems__(chosen[first : first + batch_size])[0].to(device)
         statistics.add(to_mean_std(encode_moments(vae, to_signed(images))))
     with about("--vae-ckpt"):
         return statistics.scale_and_bias()

@@ -91,6 +91,8 @@ def save_vae_files(
     """
     if not overwrite:
         require_new_vae_files(folder, name)
+
+    # The public files and what they hold.
     target = Path(folder, name)
     paths = {kind: target / file for kind, file in vae_file_names(name).items()}
     scale, bias = (value.detach().float().cpu().reshape(1, -1, 1, 1) for value in (scale, bias))
@@ -99,6 +101,8 @@ def save_vae_files(
         "statistics": {"latents_scale": scale, "latents_bias": bias},
         "discriminator": None if discriminator_state is None else _on_cpu(discriminator_state),
     }
+
+    # All are written before the first gets its name: a failure on the way leaves the old set as it was.
     with contextlib.ExitStack() as stack:
         for kind, content in contents.items():
             if content is not None:
@@ -115,6 +119,7 @@ def _on_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _save_diffusers(vae: AutoencoderKL, scale: Tensor, bias: Tensor, folder: Path) -> None:
+    # The statistics belong into the configuration, which a network takes when it is made: hence a copy.
     statistics = {
         "latents_mean": bias.flatten().tolist(),
         "latents_std": (1.0 / scale.double()).flatten().tolist(),  # in float64, so that 1 / std gives `scale` back

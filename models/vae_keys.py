@@ -3,6 +3,8 @@
 Public VAE files and the `vae` entry of REPA-E checkpoints hold LDM keys (CompVis latent-diffusion); the network is
 `diffusers.AutoencoderKL`. Besides the names two things differ: LDM numbers the decoder's levels from the finest,
 diffusers from the coarsest; LDM's attention projections are 1x1 convolutions (C, C, 1, 1), diffusers' linear (C, C).
+
+Below, `ldm` and `diffusers` are the names of one module or parameter in either world.
 """
 
 import re
@@ -11,6 +13,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
+# LDM's name of an attention layer -> diffusers'; and which weights differ in shape.
 _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 _PROJECTION = re.compile(r"\.attn(\.\d+|_1)\.(q|k|v|proj_out)\.weight$")
 
@@ -28,63 +31,66 @@ def key_pairs(config: Mapping) -> list[KeyPair]:
     """
     modules = [*_encoder(config), *_decoder(config)]
     modules += [(name, name) for name in ("quant_conv", "post_quant_conv") if config.get(f"use_{name}", True)]
-    return [(f"{ldm}.{leaf}", f"{ours}.{leaf}") for ldm, ours in modules for leaf in ("weight", "bias")]
+    return [(f"{ldm}.{leaf}", f"{diffusers}.{leaf}") for ldm, diffusers in modules for leaf in ("weight", "bias")]
 
 
 def _encoder(config: Mapping) -> Iterator[KeyPair]:
     widths, layers = config["block_out_channels"], config["layers_per_block"]
     yield "encoder.conv_in", "encoder.conv_in"
     for level, width in enumerate(widths):
-        ldm, ours = f"encoder.down.{level}", f"encoder.down_blocks.{level}"
+        ldm, diffusers = f"encoder.down.{level}", f"encoder.down_blocks.{level}"
         before = widths[max(level - 1, 0)]
-        yield from _level(ldm, ours, before, width, layers, "Attn" in config["down_block_types"][level])
+        yield from _level(ldm, diffusers, before, width, layers, "Attn" in config["down_block_types"][level])
         if level < len(widths) - 1:
-            yield f"{ldm}.downsample.conv", f"{ours}.downsamplers.0.conv"
-    yield from _middle_and_out("encoder", config)
+            yield f"{ldm}.downsample.conv", f"{diffusers}.downsamplers.0.conv"
+    yield from _middle("encoder", config)
+    yield from _out("encoder")
 
 
 def _decoder(config: Mapping) -> Iterator[KeyPair]:
     widths, layers = config["block_out_channels"], config["layers_per_block"] + 1
     yield "decoder.conv_in", "decoder.conv_in"
-    middle_and_out = list(_middle_and_out("decoder", config))
-    yield from middle_and_out[:-2]
+    yield from _middle("decoder", config)
     for level, width in enumerate(widths):  # LDM's level 0 is the finest, diffusers' up_blocks.0 the coarsest
         block = len(widths) - 1 - level
-        ldm, ours = f"decoder.up.{level}", f"decoder.up_blocks.{block}"
+        ldm, diffusers = f"decoder.up.{level}", f"decoder.up_blocks.{block}"
         before = widths[min(level + 1, len(widths) - 1)]
-        yield from _level(ldm, ours, before, width, layers, "Attn" in config["up_block_types"][block])
+        yield from _level(ldm, diffusers, before, width, layers, "Attn" in config["up_block_types"][block])
         if level > 0:
-            yield f"{ldm}.upsample.conv", f"{ours}.upsamplers.0.conv"
-    yield from middle_and_out[-2:]
+            yield f"{ldm}.upsample.conv", f"{diffusers}.upsamplers.0.conv"
+    yield from _out("decoder")
 
 
-def _level(ldm: str, ours: str, before: int, width: int, layers: int, attention: bool) -> Iterator[KeyPair]:
+def _level(ldm: str, diffusers: str, before: int, width: int, layers: int, attention: bool) -> Iterator[KeyPair]:
     for i in range(layers):
-        yield from _resnet(f"{ldm}.block.{i}", f"{ours}.resnets.{i}", shortcut=i == 0 and before != width)
+        yield from _resnet(f"{ldm}.block.{i}", f"{diffusers}.resnets.{i}", shortcut=i == 0 and before != width)
     for i in range(layers if attention else 0):
-        yield from _attention(f"{ldm}.attn.{i}", f"{ours}.attentions.{i}")
+        yield from _attention(f"{ldm}.attn.{i}", f"{diffusers}.attentions.{i}")
 
 
-def _middle_and_out(half: str, config: Mapping) -> Iterator[KeyPair]:
-    ldm, ours = f"{half}.mid", f"{half}.mid_block"
-    yield from _resnet(f"{ldm}.block_1", f"{ours}.resnets.0", shortcut=False)
+def _middle(half: str, config: Mapping) -> Iterator[KeyPair]:
+    ldm, diffusers = f"{half}.mid", f"{half}.mid_block"
+    yield from _resnet(f"{ldm}.block_1", f"{diffusers}.resnets.0", shortcut=False)
     if config.get("mid_block_add_attention", True):
-        yield from _attention(f"{ldm}.attn_1", f"{ours}.attentions.0")
-    yield from _resnet(f"{ldm}.block_2", f"{ours}.resnets.1", shortcut=False)
+        yield from _attention(f"{ldm}.attn_1", f"{diffusers}.attentions.0")
+    yield from _resnet(f"{ldm}.block_2", f"{diffusers}.resnets.1", shortcut=False)
+
+
+def _out(half: str) -> Iterator[KeyPair]:
     yield f"{half}.norm_out", f"{half}.conv_norm_out"
     yield f"{half}.conv_out", f"{half}.conv_out"
 
 
-def _resnet(ldm: str, ours: str, *, shortcut: bool) -> Iterator[KeyPair]:
+def _resnet(ldm: str, diffusers: str, *, shortcut: bool) -> Iterator[KeyPair]:
     for name in ("norm1", "conv1", "norm2", "conv2"):
-        yield f"{ldm}.{name}", f"{ours}.{name}"
+        yield f"{ldm}.{name}", f"{diffusers}.{name}"
     if shortcut:
-        yield f"{ldm}.nin_shortcut", f"{ours}.conv_shortcut"
+        yield f"{ldm}.nin_shortcut", f"{diffusers}.conv_shortcut"
 
 
-def _attention(ldm: str, ours: str) -> Iterator[KeyPair]:
-    for theirs, name in _ATTENTION.items():
-        yield f"{ldm}.{theirs}", f"{ours}.{name}"
+def _attention(ldm: str, diffusers: str) -> Iterator[KeyPair]:
+    for ldm_name, diffusers_name in _ATTENTION.items():
+        yield f"{ldm}.{ldm_name}", f"{diffusers}.{diffusers_name}"
 
 
 def ldm_shape(key: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -100,7 +106,7 @@ def diffusers_shape(key: str, tensor: torch.Tensor) -> torch.Tensor:
 def to_ldm(vae: torch.nn.Module) -> "OrderedDict[str, torch.Tensor]":
     """The state dict of an AutoencoderKL under LDM keys, in the public order; tensors share memory with the network."""
     state = vae.state_dict()
-    return OrderedDict((ldm, ldm_shape(ldm, state[ours])) for ldm, ours in key_pairs(vae.config))
+    return OrderedDict((ldm, ldm_shape(ldm, state[diffusers])) for ldm, diffusers in key_pairs(vae.config))
 
 
 def from_ldm(state: Mapping[str, torch.Tensor], config: Mapping) -> dict[str, torch.Tensor]:
@@ -115,7 +121,7 @@ def from_ldm(state: Mapping[str, torch.Tensor], config: Mapping) -> dict[str, to
     pairs = key_pairs(config)
     for key in [ldm for ldm, _ in pairs if ldm not in state] + sorted(state.keys() - {ldm for ldm, _ in pairs}):
         raise KeyError(key)
-    return {ours: diffusers_shape(ldm, state[ldm]) for ldm, ours in pairs}
+    return {diffusers: diffusers_shape(ldm, state[ldm]) for ldm, diffusers in pairs}
 
 
 def ldm_parameters(vae: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
@@ -124,7 +130,7 @@ def ldm_parameters(vae: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]
     The parameters have diffusers' shapes; `ldm_shape` and `diffusers_shape` convert the optimiser's moments.
     """
     parameters = dict(vae.named_parameters())
-    return [(ldm, parameters[ours]) for ldm, ours in key_pairs(vae.config)]
+    return [(ldm, parameters[diffusers]) for ldm, diffusers in key_pairs(vae.config)]
 
 
 def infer_config(state: Mapping[str, torch.Tensor]) -> dict:
@@ -135,6 +141,7 @@ def infer_config(state: Mapping[str, torch.Tensor]) -> dict:
     Raises:
         KeyError: a key without which the dict is no LDM autoencoder.
     """
+    # Levels from the finest, as LDM numbers them; up blocks from the coarsest, as diffusers lists them.
     levels = 1 + max((int(key.split(".")[2]) for key in state if key.startswith("encoder.down.")), default=-1)
     widths = [state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]
     down = ["AttnDown" if f"encoder.down.{i}.attn.0.q.weight" in state else "Down" for i in range(levels)]

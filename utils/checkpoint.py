@@ -19,7 +19,14 @@ FORMAT = 1
 
 
 def read_checkpoint(path: str | Path, *, need: tuple[str, ...] = ("model", "ema")) -> dict:
-    """A training checkpoint, ours or public, with `args` as a plain dict; `need` names entries that must be there."""
+    """A training checkpoint, ours or public, with `args` as a plain dict.
+
+    Args:
+        need: entries that must be there.
+
+    Raises:
+        InputError: the file is missing or unreadable, lacks an entry, or has a later format than this code's.
+    """
     checkpoint = read_torch_file(path)
     missing = [key for key in need if key not in checkpoint]
     if missing:
@@ -27,6 +34,8 @@ def read_checkpoint(path: str | Path, *, need: tuple[str, ...] = ("model", "ema"
         raise InputError(f"{path} is no checkpoint of this kind: it lacks the entry {missing[0]!r} and holds {found}")
     if checkpoint.get("format", FORMAT) > FORMAT:
         raise InputError(f"{path} has format {checkpoint['format']}; this code reads up to {FORMAT}")
+
+    # The public code pickled argparse's Namespace.
     args = checkpoint.get("args", {})
     checkpoint["args"] = dict(vars(args)) if isinstance(args, argparse.Namespace) else args
     for key in ("args", *need):
@@ -51,6 +60,7 @@ def write_checkpoint(path: str | Path, contents: dict) -> None:
 
 
 def checkpoint_path(run_dir: str | Path, step: int | str) -> Path:
+    """`<run_dir>/checkpoints/<step, 7 digits>.pt`, as the public code has it."""
     return Path(run_dir) / "checkpoints" / f"{int(step):07d}.pt"
 
 

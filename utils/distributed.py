@@ -26,23 +26,26 @@ def start_processes():
     # Rank 0 may download weights or measure a data set while the others wait.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=[patience])
+
+    # Without CUDA accelerate can take every process of a launcher for the only one, which would train as many runs.
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != accelerator.num_processes:
         raise InputError(f"the launcher started {launched} processes, but each of them runs alone; use torchrun")
     plain = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
     if accelerator.distributed_type not in plain:
-        raise InputError(
-            f"accelerate is configured for {accelerator.distributed_type.value}; these scripts run plain "
-            "data parallel: run `accelerate config` again, or use torchrun"
-        )
+        problem = f"accelerate is configured for {accelerator.distributed_type.value}"
+        advice = "run `accelerate config` again, or use torchrun"
+        raise InputError(f"{problem}; these scripts run plain data parallel: {advice}")
     return accelerator
 
 
 def rank() -> int:
+    """This process's number, over all machines; rank 0 writes and speaks."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
+    """Number of processes, over all machines."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -59,11 +62,14 @@ def gather_rows(tensor: torch.Tensor) -> torch.Tensor:
     """The rows (first dimension) of all processes in order of rank, on every process; their numbers may differ."""
     if world_size() == 1:
         return tensor
+
+    # How many rows each process has.
     counts = torch.zeros(world_size(), dtype=torch.int64)
     counts[rank()] = len(tensor)
     all_sum(counts)
-    longest = int(counts.max())
-    padded = torch.zeros(longest, *tensor.shape[1:], dtype=tensor.dtype, device=_device())
+
+    # A collective call wants equal shapes: padded to the longest, and cut again.
+    padded = torch.zeros(int(counts.max()), *tensor.shape[1:], dtype=tensor.dtype, device=_device())
     padded[: len(tensor)] = tensor
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded)
@@ -94,6 +100,8 @@ def together() -> Iterator[None]:
         yield
     except InputError as error:
         failure = error
+
+    # Each process has come to an end; whether of the block or in it is known to all after this sum.
     failures = torch.tensor(float(failure is not None))
     all_sum(failures)
     if failures > 0 and failure is None:
@@ -112,6 +120,8 @@ def main_first() -> Iterator[None]:
     if world_size() == 1:
         yield
         return
+
+    # The others wait for rank 0's verdict: None, or why it leaves.
     verdict = [None]
     if rank() > 0:
         dist.broadcast_object_list(verdict, src=0)
@@ -121,6 +131,8 @@ def main_first() -> Iterator[None]:
             raise failure
         yield
         return
+
+    # Rank 0 gives it in any case, or the others would wait for ever.
     try:
         yield
     except BaseException as error:

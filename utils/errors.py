@@ -52,9 +52,9 @@ def command(main):
             if not getattr(error, "printed", False):
                 _say(f"error: {error}")
             sys.exit(2)
-        except (FloatingPointError, OSError, RuntimeError) as error:  # no traceback helps with these
+        except (FloatingPointError, OSError, RuntimeError) as error:
             reason = _reason(error)
-            if reason is None:
+            if reason is None:  # a fault of ours, for which a traceback helps
                 raise
             _say(f"stopped: {reason}")
             sys.exit(1)

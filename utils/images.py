@@ -84,7 +84,7 @@ def image_grid(images: Tensor | np.ndarray, columns: int) -> np.ndarray:
     rows = -(-count // columns)
     cells = np.zeros((rows * columns, channels, height, width), np.uint8)
     cells[:count] = images
-    cells = cells.reshape(rows, columns, channels, height, width).transpose(0, 3, 1, 4, 2)
+    cells = cells.reshape(rows, columns, channels, height, width).transpose(0, 3, 1, 4, 2)  # rows, H, columns, W, 3
     return cells.reshape(rows * height, columns * width, channels)
 
 

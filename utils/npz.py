@@ -8,7 +8,7 @@ out of the archive; a compressed member is read as a stream instead. The format 
 import mmap
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from utils.errors import InputError
 from utils.files import atomic_write
 
 BLOCK_BYTES = 16 << 20
+# What zipfile, zlib and numpy raise on a damaged file.
 _BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError, ValueError)
 
 
@@ -79,6 +80,8 @@ def open_npz(path: str | Path) -> dict[str, np.ndarray | CompressedArray]:
 
 def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray | CompressedArray:
     where = f"{archive.filename}: member {info.filename!r}"
+
+    # The .npy header: shape, order and type, and where the data begin.
     try:
         with archive.open(info) as stream:
             version = np.lib.format.read_magic(stream)
@@ -91,6 +94,8 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray | Com
         raise InputError(f"{where} holds pickled objects, which are never loaded; plain numeric arrays are needed")
     if info.file_size != start + dtype.itemsize * int(np.prod(shape, dtype=np.int64)):
         raise InputError(f"{where} has {info.file_size - start} bytes, which does not fit {dtype} {shape}")
+
+    # The data: in place, at once, or as a stream.
     if info.compress_type == zipfile.ZIP_STORED and 0 not in shape:
         return _mapped(archive, info, start, shape, "F" if fortran else "C", dtype)
     if fortran or not shape or 0 in shape:
@@ -129,7 +134,7 @@ def write_npz(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
                     member.write(rows.tobytes())
 
 
-def row_blocks(array: np.ndarray, block_bytes: int = BLOCK_BYTES):
+def row_blocks(array: np.ndarray, block_bytes: int = BLOCK_BYTES) -> Iterator[np.ndarray]:
     """Yield the array in contiguous blocks of rows of about `block_bytes`; a memory map's pages are released."""
     if array.ndim == 0:
         yield array

@@ -21,12 +21,16 @@ def seed_of(*key) -> int:
 
 
 def generator(*key, device: torch.device | str = "cpu") -> torch.Generator:
+    """A torch generator seeded by a key; CPU and CUDA generators give different numbers for one seed."""
     return torch.Generator(device).manual_seed(seed_of(*key))
 
 
 @dataclass(frozen=True)
 class Draws:
-    """The random draws of one micro-step; every tensor is this process's slice of a draw for the global batch."""
+    """The random draws of one micro-step; every tensor is this process's slice of a draw for the global batch.
+
+    `purpose` keeps draws apart: equal purposes give equal numbers, and a new draw changes none of the others.
+    """
 
     seed: int
     step: int

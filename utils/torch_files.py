@@ -24,11 +24,9 @@ def read_torch_file(path: str | Path) -> dict:
         with torch.serialization.safe_globals([argparse.Namespace]):
             contents = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
-        refused = re.search(r"(?:GLOBAL|global) ([\w.]+)", str(error))
-        if refused:
-            raise InputError(
-                f"{path} holds an object of {refused[1]}; only tensors and plain values are loaded"
-            ) from None
+        if refused := re.search(r"(?:GLOBAL|global) ([\w.]+)", str(error)):
+            found = f"{path} holds an object of {refused[1]}"
+            raise InputError(f"{found}; only tensors and plain values are loaded") from None
         raise InputError(f"{path} is no torch checkpoint (truncated, or another kind of file)") from None
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         raise InputError(f"{path} is truncated or no torch checkpoint ({type(error).__name__})") from None

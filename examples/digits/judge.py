@@ -21,20 +21,14 @@ class Judge(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(1, 16, 3, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(16, 32, 3, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(32, 64, 3, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(64 * 9, 64),
-            nn.ReLU(),
-        )
+        layers = []
+        for before, after in ((1, 16), (16, 32), (32, 64)):  # 24 x 24 -> 12 x 12 -> 6 x 6 -> 3 x 3
+            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.ReLU()]
+        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 9, 64), nn.ReLU())
         self.head = nn.Linear(64, 10)
 
     def features(self, images: Tensor) -> Tensor:
+        """(N, 64), of the grey values."""
         return self.body(images.float().mean(1, keepdim=True) / 127.5 - 1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -43,10 +37,12 @@ class Judge(nn.Module):
 
 def train_judge(images: Tensor, labels: Tensor, *, epochs: int = 40, seed: int = 0) -> tuple[Judge, float]:
     """A judge trained on real digits, shifted by up to two pixels, and its accuracy on the tenth it never saw."""
+    # torch's global generator, which draws the weights, is left as it was.
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         judge = Judge()
+
     held_out = torch.arange(len(images)) % HELD_OUT == 0
     train_images, train_labels = images[~held_out], labels[~held_out]
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3)
@@ -61,6 +57,7 @@ def train_judge(images: Tensor, labels: Tensor, *, epochs: int = 40, seed: int =
             loss.backward()
             optimizer.step()
             schedule.step()
+
     judge.eval().requires_grad_(False)
     return judge, accuracy(judge, images[held_out], labels[held_out])
 
@@ -77,6 +74,7 @@ def load_samples(path: Path) -> tuple[Tensor, Tensor]:
 
 
 def accuracy(judge: Judge, images: Tensor, labels: Tensor) -> float:
+    """The share of images that the judge reads as their label."""
     return (judge(images).argmax(1) == labels).float().mean().item()
 
 

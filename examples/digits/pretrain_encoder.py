@@ -31,19 +31,10 @@ HELD_OUT = 10  # every tenth image is never trained on
 
 def build_encoder(size: int, num_classes: int) -> nn.Module:
     """A ViT with the token grid of SiT-T/2; the final norm comes before pooling, so that tokens are normalised."""
-    model = timm.create_model(
-        "vit_tiny_patch16_224",
-        img_size=size,
-        patch_size=PATCH,
-        embed_dim=96,
-        depth=4,
-        num_heads=3,
-        class_token=False,
-        global_pool="avg",
-        fc_norm=False,
-        num_classes=num_classes,
-        pretrained_cfg_overlay={"tag": "digits", "license": "mit"},
-    )
+    shape = dict(img_size=size, patch_size=PATCH, embed_dim=96, depth=4, num_heads=3)
+    head = dict(class_token=False, global_pool="avg", fc_norm=False, num_classes=num_classes)
+    record = {"tag": "digits", "license": "mit"}
+    model = timm.create_model("vit_tiny_patch16_224", **shape, **head, pretrained_cfg_overlay=record)
     nn.init.normal_(model.pos_embed, std=0.5)  # timm's 0.02 is drowned by the patches for most of so short a training
     return model
 
@@ -54,19 +45,17 @@ def load_data(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
         raise InputError(f"--data-dir: {folder} has no images.npy and labels.npy; preprocessing.py writes them")
     images, labels = np.load(folder / "images.npy"), np.load(folder / "labels.npy")
     if len(images) <= HELD_OUT or images.shape[-1] != images.shape[-2] or images.shape[-1] % PATCH:
-        raise InputError(
-            f"--data-dir: {folder} has images of {images.shape}; more than {HELD_OUT} of them, square, "
-            f"with a side that {PATCH} divides, are needed"
-        )
+        needed = f"more than {HELD_OUT} of them, square, with a side that {PATCH} divides, are needed"
+        raise InputError(f"--data-dir: {folder} has images of {images.shape}; {needed}")
     return torch.from_numpy(images).float() / 127.5 - 1, torch.from_numpy(labels)
 
 
 def augment(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Turn by up to 10 degrees, scale by up to 10 %, shift by up to a sixteenth, add noise of std 0.1."""
-    draw = 2 * torch.rand(4, len(pixels), generator=generator) - 1
+    draw = 2 * torch.rand(4, len(pixels), generator=generator) - 1  # angle, scale, shift across and down, in [-1, 1)
     angle, scale = draw[0] * math.radians(10), 1 + 0.1 * draw[1]
     cos, sin, shift = scale * angle.cos(), scale * angle.sin(), draw[2:] / 8  # the grid runs from -1 to 1
-    theta = torch.stack([cos, -sin, shift[0], sin, cos, shift[1]], dim=1).view(-1, 2, 3)
+    theta = torch.stack([cos, -sin, shift[0], sin, cos, shift[1]], dim=1).view(-1, 2, 3)  # an affine map for each
     grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
     moved = F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
     return moved + 0.1 * torch.randn(moved.shape, generator=generator)
@@ -95,6 +84,7 @@ def train(model: nn.Module, pixels: torch.Tensor, labels: torch.Tensor, *, steps
 
 @torch.inference_mode()
 def accuracy(model: nn.Module, pixels: torch.Tensor, labels: torch.Tensor) -> float:
+    """The share of images that the encoder's own classifier reads as their label."""
     return (model.eval()(pixels).argmax(dim=1) == labels).float().mean().item()
 
 
@@ -120,11 +110,10 @@ def main(argv=None):
     held_out = torch.arange(len(pixels)) % HELD_OUT == 0
     torch.manual_seed(args.seed)
     model = build_encoder(pixels.shape[-1], num_classes=int(labels.max()) + 1)
-    steps = train(
-        model, pixels[~held_out], labels[~held_out], steps=args.steps, batch_size=args.batch_size, seed=args.seed
-    )
-    for step, loss in steps:
+    options = dict(steps=args.steps, batch_size=args.batch_size, seed=args.seed)
+    for step, loss in train(model, pixels[~held_out], labels[~held_out], **options):
         print(f"step {step:4d}  loss {loss:.3f}  {time.perf_counter() - start:4.0f} s", flush=True)
+
     save_encoder(model, args.out, pixels.shape[-1])
     right = accuracy(model, pixels[held_out], labels[held_out])
     print(f"held-out accuracy {right:.1%} of {int(held_out.sum())} images; encoder in {args.out}")

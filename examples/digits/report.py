@@ -82,6 +82,7 @@ def read_real(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_seconds(folder: Path) -> dict[str, int]:
+    """Stage -> the seconds that run.sh noted for it."""
     path = folder / "seconds.tsv"
     if not path.is_file():
         raise InputError(f"--folder: {folder} has no seconds.tsv; run.sh must run first")
@@ -131,10 +132,12 @@ def draw(folder: Path, metrics: dict[str, list[dict]], sheets: dict[str, np.ndar
             ax.set_title(title, fontsize=10)
             ax.set_axis_off()
 
+    # The samples alone.
     figure = Figure(figsize=(15, 5.3), layout="constrained")
     show_sheets(figure.subplots(1, 3))
     FigureCanvasAgg(figure).print_png(folder / "samples.png")
 
+    # The curves, and the samples below them.
     figure = Figure(figsize=(18, 10), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.5))
     axes = top.subplots(1, len(CURVES))
@@ -169,11 +172,14 @@ def main(argv=None):
     parser.add_argument("--folder", type=Path, default=Path("build/digits"), help="what run.sh filled")
     folder = parser.parse_args(argv).folder
 
+    # What run.sh left.
     seconds = read_seconds(folder)
     metrics = {stage: read_metrics(folder / STAGES[stage][0]) for stage in STAGES if stage.startswith("train_")}
     real = read_real(folder / "data")
     repae_file, repae_distance, *repae = read_samples(folder / "samples", "repae")
     ldm_file, ldm_distance, *ldm = read_samples(folder / "samples", "ldm")
+
+    # The pictures.
     real_share, shares = read_by_judge(real, [repae, ldm])
 
     titles = (
@@ -183,15 +189,15 @@ def main(argv=None):
     )
     sheets = {title: class_sheet(*images) for title, images in zip(titles, (real, repae, ldm), strict=True)}
     draw(folder, metrics, sheets)
+
+    # The numbers.
     print_table(folder, seconds, metrics)
-    print(
-        "Read as their class by a support vector machine trained on real pixels, and the Frechet distance to the "
-        "real digits in the encoder's space:\n"
-        f"  {real_share:6.1%}        held-out real digits\n"
-        f"  {shares[0]:6.1%} {repae_distance:6.1f} REPA-E samples, {repae_file}\n"
-        f"  {shares[1]:6.1%} {ldm_distance:6.1f} samples of the LDM on its VAE, {ldm_file}\n"
-        f"Look at {folder / 'report.png'}, {folder / 'samples.png'}, {folder / 'reconstruction.png'}."
-    )
+    judge, space = "a support vector machine trained on real pixels", "the real digits in the encoder's space"
+    print(f"Read as their class by {judge}, and the Frechet distance to {space}:")
+    print(f"  {real_share:6.1%}        held-out real digits")
+    print(f"  {shares[0]:6.1%} {repae_distance:6.1f} REPA-E samples, {repae_file}")
+    print(f"  {shares[1]:6.1%} {ldm_distance:6.1f} samples of the LDM on its VAE, {ldm_file}")
+    print(f"Look at {folder / 'report.png'}, {folder / 'samples.png'}, {folder / 'reconstruction.png'}.")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ METHODS = {
 }
 # What waits for what; the longest first.
 CHAINS = [("REPA-E", "E2E-VAE"), ("no stop-grad",), ("SiT",), ("REPA",)]
+VAE = "f4d4-tiny"
 SAMPLES = 1000
 CORES = os.cpu_count()
 
@@ -50,156 +51,83 @@ def run(*words: object, threads: int = 1) -> None:
         raise RuntimeError(f"{' '.join(map(str, words))}\n{done.stdout}{done.stderr}")
 
 
+def flags(**options: object) -> list:
+    """Options as a script takes them: num_workers=2 is --num-workers 2; a bool is --name or --no-name."""
+    words = []
+    for name, value in options.items():
+        name = name.replace("_", "-")
+        words += [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", value]
+    return words
+
+
 def prepare(folder: Path, vae_steps: int) -> None:
     """Data, encoder, and the VAE that every method starts from; once for all seeds."""
-    run("-m", "examples.digits.make_images", "--out", folder / "images")
-    run(
-        "preprocessing.py",
-        "--imagenet-path",
-        folder / "images",
-        "--output-path",
-        folder / "data",
-        "--resolution",
-        make_images.SIZE,
-        "--num-workers",
-        2,
-        "--overwrite",
-    )
-    run(
-        "-m",
-        "examples.digits.pretrain_encoder",
-        "--data-dir",
-        folder / "data",
-        "--out",
-        folder / "encoder",
-        threads=CORES,
-    )
-    run(
-        "train_vae.py",
-        "--exp-name",
-        "vae",
-        "--vae",
-        "f4d4-tiny",
-        "--max-train-steps",
-        vae_steps,
-        *training_flags(folder),
-        *vae_loss_flags(1e-3),
-        threads=CORES,
-    )
+    images, data = folder / "images", folder / "data"
+    size = dict(resolution=make_images.SIZE, num_workers=2)
+    run("-m", "examples.digits.make_images", *flags(out=images))
+    run("preprocessing.py", *flags(imagenet_path=images, output_path=data, **size, overwrite=True))
+    run("-m", "examples.digits.pretrain_encoder", *flags(data_dir=data, out=folder / "encoder"), threads=CORES)
+
+    training = training_options(folder) | vae_options(rate=1e-3)
+    run("train_vae.py", *flags(exp_name="vae", vae=VAE, max_train_steps=vae_steps, **training), threads=CORES)
     cache(folder, folder / "exps/vae/vae.pt", "vae")
 
 
-def training_flags(folder: Path) -> list:
-    return [
-        "--data-dir",
-        folder / "data",
-        "--resolution",
-        make_images.SIZE,
-        "--num-classes",
-        10,
-        "--num-workers",
-        0,
-        "--batch-size",
-        32,
-        "--output-dir",
-        folder / "exps",
-        "--mixed-precision",
-        "no",
-        "--no-compile",
-        "--report-to",
-        "none",
-        "--log-steps",
-        20,
-        "--num-preview",
-        0,
-        "--overwrite",
-    ]
+def training_options(folder: Path) -> dict:
+    """Of all training scripts."""
+    data = dict(data_dir=folder / "data", resolution=make_images.SIZE, num_classes=10, num_workers=0, batch_size=32)
+    machine = dict(mixed_precision="no", compile=False)
+    output = dict(output_dir=folder / "exps", report_to="none", log_steps=20, num_preview=0, overwrite=True)
+    return data | machine | output
 
 
-def vae_loss_flags(rate: float) -> list:
-    return ["--loss-cfg-path", "examples/digits/digits_l1_kl_gan.yaml", "--vae-learning-rate", rate]
+def vae_options(rate: float) -> dict:
+    """Of the scripts that train a VAE."""
+    return dict(loss_cfg_path="examples/digits/digits_l1_kl_gan.yaml", vae_learning_rate=rate)
 
 
-def sit_flags(folder: Path, steps: int, seed: int) -> list:
-    return [
-        *training_flags(folder),
-        "--model",
-        "SiT-T/2",
-        "--encoder-depth",
-        3,
-        "--learning-rate",
-        1e-3,
-        "--ema-decay",
-        0.98,
-        "--max-train-steps",
-        steps,
-        "--seed",
-        seed,
-        "--vae",
-        "f4d4-tiny",
-    ]
+def sit_options(folder: Path, steps: int, seed: int) -> dict:
+    """Of the scripts that train SiT: the same for every method."""
+    network = dict(model="SiT-T/2", encoder_depth=3, vae=VAE)
+    schedule = dict(learning_rate=1e-3, ema_decay=0.98, max_train_steps=steps, seed=seed)
+    return training_options(folder) | network | schedule
 
 
 def cache(folder: Path, vae: Path, name: str) -> None:
-    run(
-        "cache_latents.py",
-        "--vae-arch",
-        "f4d4-tiny",
-        "--vae-ckpt-path",
-        vae,
-        "--vae-latents-name",
-        name,
-        "--data-dir",
-        folder / "data",
-        "--output-dir",
-        folder / "data",
-        "--num-workers",
-        0,
-        "--overwrite",
-    )
+    """The data set's latents by this VAE, under this name."""
+    latents = dict(vae_arch=VAE, vae_ckpt_path=vae, vae_latents_name=name)
+    data = dict(data_dir=folder / "data", output_dir=folder / "data", num_workers=0)
+    run("cache_latents.py", *flags(**latents, **data, overwrite=True))
 
 
 def run_name(method: str, seed: int) -> str:
+    """The folder of a run, and the beginning of its samples' file."""
     return f"{method.lower().replace(' ', '-')}-{seed}"
 
 
 def train(folder: Path, method: str, steps: int, seed: int) -> str:
     """Train one method with one seed; returns the run's name."""
-    name = run_name(method, seed)
-    flags = [*sit_flags(folder, steps, seed), "--exp-name", name]
-    aligned = ["--enc-type", f"timm:local-dir:{folder / 'encoder'}"]
+    name, exps = run_name(method, seed), folder / "exps"
+    options = sit_options(folder, steps, seed) | dict(exp_name=name)
+    aligned = dict(enc_type=f"timm:local-dir:{folder / 'encoder'}")
+
+    # SiT and VAE together, from the VAE and the discriminator that `prepare` trained.
     if method in ("REPA-E", "no stop-grad"):
-        start = folder / "exps/vae"
-        run(
-            "train_repae.py",
-            *flags,
-            *aligned,
-            *vae_loss_flags(1e-4),
-            "--vae-ckpt",
-            start / "vae.pt",
-            "--disc-pretrained-ckpt",
-            start / "vae-discriminator-ckpt.pt",
-            *(["--no-stop-grad"] if method == "no stop-grad" else []),
-        )
+        start = dict(vae_ckpt=exps / "vae/vae.pt", disc_pretrained_ckpt=exps / "vae/vae-discriminator-ckpt.pt")
+        options |= aligned | vae_options(rate=1e-4) | start
+        run("train_repae.py", *flags(**options, stop_grad=method == "REPA-E"))
         return name
-    vae, latents = folder / "exps/vae/vae.pt", "vae"
+
+    # SiT on a frozen VAE: the one that `prepare` trained, or the one that REPA-E tuned with this seed.
+    vae, latents = exps / "vae/vae.pt", "vae"
     if method == "E2E-VAE":
-        checkpoint = folder / f"exps/{run_name('REPA-E', seed)}/checkpoints/{steps:07d}.pt"
+        checkpoint = exps / run_name("REPA-E", seed) / f"checkpoints/{steps:07d}.pt"
         latents = f"e2e-{seed}"
-        run(
-            "save_vae_weights.py",
-            "--repae-ckpt",
-            checkpoint,
-            "--vae-name",
-            latents,
-            "--save-dir",
-            folder / "exps",
-            "--overwrite",
-        )
-        vae = folder / f"exps/{latents}/{latents}.pt"
+        run("save_vae_weights.py", *flags(repae_ckpt=checkpoint, vae_name=latents, save_dir=exps, overwrite=True))
+        vae = exps / latents / f"{latents}.pt"
         cache(folder, vae, latents)
-    alignment = ["--enc-type", "None", "--proj-coeff", 0] if method == "SiT" else aligned
-    run("train_ldm_only.py", *flags, *alignment, "--vae-ckpt", vae, "--vae-latents-name", latents)
+    alignment = dict(enc_type="None", proj_coeff=0) if method == "SiT" else aligned
+    run("train_ldm_only.py", *flags(**options, **alignment, vae_ckpt=vae, vae_latents_name=latents))
     return name
 
 
@@ -211,26 +139,9 @@ def samples_of(folder: Path, name: str, steps: int) -> tuple[Tensor, Tensor]:
 
 def measure(folder: Path, name: str, steps: int, seed: int, network, real) -> dict[str, float]:
     """Distance and class accuracy of 1,000 samples without guidance, 100 of each class; the VAE's PSNR."""
-    run(
-        "generate.py",
-        "--exp-path",
-        folder / "exps" / name,
-        "--sample-dir",
-        folder / "samples",
-        "--num-fid-samples",
-        SAMPLES,
-        "--label-sampling",
-        "equal",
-        "--cfg-scale",
-        1,
-        "--num-steps",
-        25,
-        "--pproc-batch-size",
-        250,
-        "--global-seed",
-        seed,
-        "--overwrite",
-    )
+    place = dict(exp_path=folder / "exps" / name, sample_dir=folder / "samples")
+    samples = dict(num_fid_samples=SAMPLES, label_sampling="equal", pproc_batch_size=250, global_seed=seed)
+    run("generate.py", *flags(**place, **samples, cfg_scale=1, num_steps=25, overwrite=True))
     images, labels = samples_of(folder, name, steps)
     with torch.no_grad():
         reconstructions, _ = reconstruct(load_trained(folder / "exps" / name).vae, real)
@@ -242,6 +153,12 @@ def measure(folder: Path, name: str, steps: int, seed: int, network, real) -> di
 
 
 def table(results: dict[str, list[dict]], steps: int, held_out: float) -> str:
+    """Mean and standard deviation over seeds, a row for each method, as Markdown.
+
+    Args:
+        results: method -> what `measure` found, and `seconds` of training, for each seed.
+        held_out: the judge's accuracy on real digits that it never saw.
+    """
     seeds = len(results["SiT"])
     rows = [
         f"{steps} steps, {SAMPLES} samples without guidance, {seeds} seed(s): mean (standard deviation)",
@@ -257,9 +174,8 @@ def table(results: dict[str, list[dict]], steps: int, held_out: float) -> str:
             spread = f" ({statistics.stdev(values):{form}})" if seeds > 1 else ""
             cells.append(f"{statistics.mean(values):{form}}{spread}")
         minutes = statistics.mean(run["seconds"] for run in runs) / 60
-        rows.append(
-            f"| {method:12} | {cells[0]:>16} | {cells[1]:>15} | {cells[2]:>12} | {minutes:.1f} | {METHODS[method]} |"
-        )
+        numbers = f"{cells[0]:>16} | {cells[1]:>15} | {cells[2]:>12} | {minutes:.1f}"
+        rows.append(f"| {method:12} | {numbers} | {METHODS[method]} |")
     return "\n".join(rows)
 
 
@@ -270,6 +186,8 @@ def plot(results: dict[str, list[dict]], strips: dict[str, np.ndarray], path: Pa
 
     figure = Figure(figsize=(15, 4.2), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1.5, 1))
+
+    # Left: the numbers.
     axes = left.subplots(1, 2)
     panels = (("fd", "Fréchet distance to real digits (lower is better)"), ("accuracy", "class accuracy of samples"))
     for ax, (key, title) in zip(axes, panels, strict=True):
@@ -282,6 +200,8 @@ def plot(results: dict[str, list[dict]], strips: dict[str, np.ndarray], path: Pa
         ax.grid(axis="y", which="both", alpha=0.3)
     axes[0].set_yscale("log")
     left.suptitle(f"{steps} steps; a dot for each seed, a line for the mean", fontsize=10)
+
+    # Right: the samples.
     for ax, (method, strip) in zip(right.subplots(len(strips), 1), strips.items(), strict=True):
         ax.imshow(strip)
         ax.set_ylabel(method, rotation=0, ha="right", va="center", fontsize=9)
@@ -317,6 +237,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--vae-steps", type=positive_int, default=600)
     parser.add_argument("--seeds", type=positive_int, default=3)
     args = parser.parse_args(argv)
+
+    # Once for all: data, encoder, VAE, judge.
     torch.set_num_threads(1)
     started = time.perf_counter()
     args.folder.mkdir(parents=True, exist_ok=True)
@@ -324,11 +246,14 @@ def main(argv: list[str] | None = None) -> None:
     real, labels = judge.load_digits_data(args.folder / "data")
     network, held_out = judge.train_judge(real, labels)
 
+    # Every method with every seed; a chain is a task, as its methods build on each other.
     chains = [(seed, chain) for chain in CHAINS for seed in range(args.seeds)]
     with ThreadPoolExecutor(CORES) as pool:  # a process of one thread for each core
         found = list(pool.map(lambda task: follow(args, *task, network, real), chains))
     measured = {key: value for part in found for key, value in part.items()}
     results = {method: [measured[method, seed] for seed in range(args.seeds)] for method in METHODS}
+
+    # What came out.
     (args.folder / "results.json").write_text(json.dumps(results, indent=1))
     report = table(results, args.steps, held_out)
     (args.folder / "study.md").write_text(report + "\n")
