@@ -99,23 +99,6 @@ def test_the_cache(whole, place, vae):
     torch.testing.assert_close(torch.tensor(info["latents_bias"]), bias.flatten(), rtol=1e-4, atol=1e-6)
 
 
-def test_two_processes_write_the_same(whole, place):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, "cache_latents.py", *flags(place, "two")],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert np.array_equal(np.load(place / "two.npy"), whole.array)
-    one, two = whole.info, json.loads((place / "two.json").read_text())
-    for name in ("latents_scale", "latents_bias"):
-        np.testing.assert_allclose(two.pop(name), one[name], rtol=1e-6)
-    assert two == {key: value for key, value in one.items() if key in two} | {"name": "two"}
-
-
 def test_a_killed_job_goes_on(whole, place, monkeypatch):
     """Killed for real, after its first batches; then finished in this process, which does only the rest."""
     slow = (
