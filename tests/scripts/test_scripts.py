@@ -14,6 +14,7 @@ from PIL import Image
 from configs import arguments, options
 from models.encoders import parse_encoder_list
 from tests.support import small
+from tests.support.forks import Fork
 from tests.support.golden_data import GOLDEN
 
 REFERENCE = (GOLDEN / "reference_cli.md").read_text()  # the flags and commands of the public release
@@ -121,8 +122,8 @@ def test_a_number_out_of_range_is_refused(capsys):
         assert f"{flag}: '{value}' was given" in capsys.readouterr().err
 
 
-# Each script once as a process of its own; for cache_latents.py and generate.py, and for several processes, see
-# test_cache_latents.py, test_generate.py and test_distributed.py.
+# Each script once as a process of its own, fresh where it shows more than a fork; for cache_latents.py and generate.py,
+# and for several processes, see test_cache_latents.py, test_generate.py and test_distributed.py.
 
 
 @pytest.fixture(scope="module")
@@ -134,37 +135,30 @@ def processes(place, tmp_path_factory):
         path = folder / "images" / str(i % 2) / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((30, 40, 3), 40 * i, np.uint8)).save(path)
-    repae = small.repae_options(place, exps, "repae", num_workers=1, num_preview=2, deterministic=True, **short)
+    fresh, forked = small.run_python, lambda *words: Fork(*words).wait()
     launch = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes=1", "--num_machines=1")
+    trees = dict(imagenet_path=folder / "images", output_path=folder / "data", resolution=24, num_workers=2)
+    repae = small.repae_options(place, exps, "repae", num_workers=1, num_preview=2, deterministic=True, **short)
+    refused = small.repae_options(place, exps, "refused", data_dir=folder / "none")
     first = {
-        "preprocessing": [
-            "preprocessing.py",
-            *small.argv(imagenet_path=folder / "images", output_path=folder / "data", resolution=24, num_workers=2),
-        ],
-        "train_repae": ["train_repae.py", *repae],
-        "train_vae": ["train_vae.py", *small.vae_options(place, exps, "vae", **short)],
-        "train_ldm_only": [*launch, "train_ldm_only.py", *small.ldm_options(place, exps, "ldm", **short)],
-        "refused": ["train_repae.py", *small.repae_options(place, exps, "refused", data_dir=folder / "none")],
+        "preprocessing": (fresh, "preprocessing.py", *small.argv(**trees)),
+        "train_repae": (forked, "train_repae.py", *repae),
+        "train_ldm_only": (fresh, *launch, "train_ldm_only.py", *small.ldm_options(place, exps, "ldm", **short)),
+        "train_vae": (forked, "train_vae.py", *small.vae_options(place, exps, "vae", **short)),
+        "refused": (fresh, "train_repae.py", *refused),
     }
     checkpoint = exps / "repae" / "checkpoints" / "0000002.pt"
+    vae = dict(repae_ckpt=checkpoint, vae_name="e2e", save_dir=exps)
+    images = dict(reconstruct=True, vae_ckpt=place.vae, data_dir=place.data, features="none", lpips=False)
     then = {
-        "save_vae_weights": ["save_vae_weights.py", *small.argv(repae_ckpt=checkpoint, vae_name="e2e", save_dir=exps)],
-        "evaluate": [
-            "evaluate.py",
-            *small.argv(
-                reconstruct=True,
-                features="none",
-                vae_ckpt=place.vae,
-                lpips=False,
-                data_dir=place.data,
-                output=folder / "reconstruction.json",
-            ),
-        ],
+        "save_vae_weights": (forked, "save_vae_weights.py", *small.argv(**vae)),
+        "evaluate": (forked, "evaluate.py", *small.argv(**images, output=folder / "reconstruction.json")),
     }
     done = {}
     with ThreadPoolExecutor(2) as pool:
         for stage in (first, then):
-            done |= dict(zip(stage, pool.map(lambda words: small.run_python(*words), stage.values()), strict=True))
+            started = pool.map(lambda words: words[0](*words[1:]), stage.values())
+            done |= dict(zip(stage, started, strict=True))
     return folder, done
 
 

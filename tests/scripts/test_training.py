@@ -15,6 +15,7 @@ import train_repae
 import train_vae
 from dataset.data import ImageData
 from tests.support import small
+from tests.support.forks import Fork
 from training.optimizer import Optimizer
 
 SCRIPTS = {"train_repae": train_repae, "train_ldm_only": train_ldm_only, "train_vae": train_vae}
@@ -91,7 +92,7 @@ def test_resumed_equals_uninterrupted(script, micro_steps, whole, place, tmp_pat
 def test_a_killed_run_goes_on(whole, place, tmp_path):
     """Killed while it writes checkpoint 3 and a row of metrics: it goes on from checkpoint 2, and nothing is left."""
     arguments = small.repae_options(place, tmp_path, "run", checkpointing_steps=1)
-    job = small.run_python("tests/support/workers/killed.py", "train_repae", *arguments)
+    job = Fork("tests/support/workers/killed.py", "train_repae", *arguments).wait()
     assert job.returncode == -signal.SIGKILL, job.stderr
     checkpoints = tmp_path / "run" / "checkpoints"
     assert {path.name[:10] for path in checkpoints.iterdir()} == {"0000001.pt", "0000002.pt", "0000003.pt"}
