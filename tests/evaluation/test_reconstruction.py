@@ -1,19 +1,14 @@
-"""Reconstruction metrics and the picture of a VAE before and after."""
-
-import json
-from pathlib import Path
+"""Reconstruction metrics, the latents in colours, and the picture of a VAE before and after."""
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-import evaluate
 from dataset.image_sources import ImageArray, Subset
 from evaluation.evaluator import extract
 from evaluation.metrics import frechet_distance, psnr, ssim
 from evaluation.reconstruction import comparison_picture, latent_colours, measure_reconstruction, reconstruct
-from tests.support.evaluation_data import encoder_folder, random_images, samples_file, small_vae
+from tests.support.evaluation_data import random_images, small_vae
 from utils.errors import InputError
 
 CPU = torch.device("cpu")
@@ -128,56 +123,3 @@ def test_picture_has_a_row_of_originals_and_three_for_each_vae(vae):
     np.testing.assert_array_equal(picture[136:232, 192:], reconstructions[2].permute(1, 2, 0))
     difference = 127.5 + 4 * (reconstructions[0].float() - images[0].float())
     np.testing.assert_array_equal(picture[252:348, :96], difference.clamp(0, 255).byte().permute(1, 2, 0))
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("reconstruction")
-    for name, seed in (("before", 0), ("after", 1)):
-        small_vae(seed).save_pretrained(folder / name)
-    samples_file(folder / "images.npz", 24, 16, 3)
-    encoder_folder(folder / "encoder")
-    return folder
-
-
-def flags(place: Path, *arguments) -> list[str]:
-    fixed = [
-        "--reconstruct",
-        "--vae-ckpt",
-        place / "before",
-        place / "after",
-        "--data-dir",
-        place / "images.npz",
-        "--no-lpips",
-        "--features",
-        f"timm:local-dir:{place / 'encoder'}",
-    ]
-    return [str(argument) for argument in (*fixed, *arguments)]
-
-
-def run(place: Path, *arguments) -> dict:
-    evaluate.main(flags(place, *arguments))
-    return json.loads((place / "after-reconstruction.json").read_text())
-
-
-def test_script_compares_two_vaes(place, capsys):
-    found = run(place)
-    assert list(found["results"]) == ["before", "after"] and found["count"] == 24
-    vae, source = small_vae(1), ImageArray(np.load(place / "images.npz")["arr_0"], "images")
-    expected = measure_reconstruction(vae, source, CPU)
-    assert {key: found["results"]["after"][key] for key in expected} == pytest.approx(expected, rel=1e-6)
-    assert found["results"]["after"]["rfd_encoder-mean-tokens"] > 0
-    assert Image.open(place / "after-reconstruction.png").size == (8 * 96, 7 * (20 + 96))
-    assert "before (24 images)" in capsys.readouterr().out
-
-
-def test_script_takes_an_even_selection(place):
-    assert run(place, "--max-images", 10, "--num-picture", 0)["count"] == 10
-
-
-def test_images_that_a_vae_cannot_take_are_refused(place, capsys):
-    samples_file(place / "odd.npz", 8, 18, 0)
-    with pytest.raises(SystemExit) as leaving:
-        run(place, "--data-dir", place / "odd.npz")
-    assert leaving.value.code == 2
-    assert "--data-dir: " in (line := capsys.readouterr().err) and "18 x 18 images; multiples of 4, 11 at least" in line

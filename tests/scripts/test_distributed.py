@@ -13,13 +13,7 @@ import train_ldm_only
 import train_repae
 import train_vae
 from tests.support import small
-from tests.support.evaluation_data import (
-    encoder_folder,
-    few_sampling_steps,
-    random_images,
-    samples_file,
-    small_vae,
-)
+from tests.support.evaluation_data import encoder_folder, few_sampling_steps, random_images, samples_file, small_vae
 from tests.support.workers.distributed import evaluate_images, latents, normalise
 from tests.support.workers.recorder import recording
 from utils.images import save_png
@@ -87,10 +81,7 @@ def refused_jobs(place, inputs, output) -> dict[str, tuple[str, list[str]]]:
     return {
         "odd batch": ("train_ldm_only", small.ldm_options(place, output, "refused", batch_size=9)),
         "no data": ("train_repae", small.repae_options(place, output, "refused", data_dir=none)),
-        "no reference": (
-            "train_repae",
-            small.repae_options(place, output, "refused", **online, eval_reference=none),
-        ),
+        "no reference": ("train_repae", small.repae_options(place, output, "refused", **online, eval_reference=none)),
         "other statistics": (
             "train_ldm_only",
             small.ldm_options(place, output, "refused", **online, eval_reference=inputs / "other-space.npz"),

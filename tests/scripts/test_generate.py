@@ -16,24 +16,8 @@ from sampling.store import SampleStore
 from tests.support import small
 from tests.support.evaluation_data import encoder_folder, samples_file
 from tests.support.forks import Fork
-from tests.support.sampling import (
-    BATCH,
-    CLASSES,
-    COUNT,
-    SIDE,
-    difference,
-    draw,
-    flags,
-    record_calls,
-    refused,
-    write_runs,
-)
+from tests.support.sampling import BATCH, CLASSES, COUNT, SIDE, difference, draw, flags, record_calls, refused
 from utils.rng import sample_labels
-
-
-@pytest.fixture(scope="module")
-def exps(tmp_path_factory):
-    return write_runs(tmp_path_factory.mktemp("exps"))
 
 
 @pytest.fixture(scope="module")

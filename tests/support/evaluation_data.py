@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from dataset.image_sources import ImageArray
+from evaluation.evaluator import FeatureSet, extract
 from evaluation.inception import Inception
 from models.vae import build_vae, vae_models
 from sampling.generation import SamplerConfig
@@ -108,3 +110,8 @@ def small_vae(seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)
         vae = build_vae(vae_models["f4d4-tiny"] | {"block_out_channels": [32, 64, 64]})
     return vae.eval().requires_grad_(False)
+
+
+def feature_set(images: np.ndarray, network: nn.Module, batch_size: int = 32) -> FeatureSet:
+    """The features of uint8 (N, H, W, 3) images."""
+    return extract(ImageArray(images, "array"), network, torch.device("cpu"), batch_size=batch_size)
