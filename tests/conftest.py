@@ -46,6 +46,15 @@ def exps(tmp_path_factory):
     return write_runs(tmp_path_factory.mktemp("exps"))
 
 
+@pytest.fixture
+def few_steps():
+    """`tests.support.evaluation_data.few_sampling_steps` for a test."""
+    from tests.support.evaluation_data import few_sampling_steps
+
+    with few_sampling_steps():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def no_logging_left():
     """A script's handlers on the root logger end with the test, also where the script did not reach its end."""

@@ -10,15 +10,11 @@ import train_ldm_only
 import train_repae
 from evaluation.online import OnlineEvaluation
 from tests.support import small
-from tests.support.evaluation_data import few_sampling_steps
 
 SCRIPTS = {"repae": (train_repae, small.repae_options), "ldm": (train_ldm_only, small.ldm_options)}
 
 
-@pytest.fixture(autouse=True)
-def few_steps():
-    with few_sampling_steps():
-        yield
+pytestmark = pytest.mark.usefixtures("few_steps")
 
 
 @pytest.mark.parametrize("kind", SCRIPTS)

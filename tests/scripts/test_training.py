@@ -125,7 +125,7 @@ def test_overwrite_replaces_the_run_and_nothing_else(whole, place, tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_previews_do_not_touch_training(script, whole, place, tmp_path):
+def test_previews_do_not_touch_training(script, whole, place, tmp_path, few_steps):
     train(script, place, tmp_path, "run", num_preview=4, sampling_steps=2, gradient_accumulation_steps=1)
     assert_same_training(tmp_path, "run", whole(script, gradient_accumulation_steps=1))
     kinds = {

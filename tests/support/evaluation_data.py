@@ -99,8 +99,10 @@ class TinyInception(nn.Module):
 
 @contextlib.contextmanager
 def few_sampling_steps() -> Iterator[None]:
-    """Online evaluations sample in 3 steps instead of 50: what they promise holds for any number."""
-    with mock.patch("evaluation.online.SamplerConfig", functools.partial(SamplerConfig, num_steps=3)):
+    """Online evaluations and previews take 3 steps instead of 50: what they promise holds for any number."""
+    with contextlib.ExitStack() as stack:
+        for module in ("evaluation.online", "train_repae", "train_ldm_only"):
+            stack.enter_context(mock.patch(f"{module}.SamplerConfig", functools.partial(SamplerConfig, num_steps=3)))
         yield
 
 
