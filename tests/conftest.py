@@ -21,6 +21,40 @@ def place(tmp_path_factory):
     return place
 
 
+@pytest.fixture(scope="session")
+def vgg_file(tmp_path_factory):
+    """VGG16 as torchvision stores it, with filled weights."""
+    from tests.support.golden_data import filled_vgg16
+
+    file = tmp_path_factory.mktemp("vgg") / "vgg16.pth"
+    torch.save(filled_vgg16() | {"classifier.0.bias": torch.zeros(4096)}, file)
+    return file
+
+
+@pytest.fixture(scope="session")
+def lpips(vgg_file):
+    from loss.perceptual import load_lpips
+
+    return load_lpips(vgg_file)
+
+
+@pytest.fixture(scope="session")
+def exps(tmp_path_factory):
+    """Runs to sample from (`tests.support.sampling.write_runs`), made once. Tests leave them as they are."""
+    from tests.support.sampling import write_runs
+
+    return write_runs(tmp_path_factory.mktemp("exps"))
+
+
+@pytest.fixture
+def few_steps():
+    """`tests.support.evaluation_data.few_sampling_steps` for a test."""
+    from tests.support.evaluation_data import few_sampling_steps
+
+    with few_sampling_steps():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def no_logging_left():
     """A script's handlers on the root logger end with the test, also where the script did not reach its end."""

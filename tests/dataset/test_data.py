@@ -1,7 +1,5 @@
-"""Data folders, cached latents, the order of batches; files that appear whole or not at all."""
+"""Data folders and cached latents: what they hold, and what is refused."""
 
-import itertools
-import json
 import pickle
 import shutil
 
@@ -9,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from dataset.data import ImageData, LatentData, LatentsAndLabels
-from dataset.order import batches, batches_per_epoch
+from dataset.data import ImageData, LatentData, LatentsAndLabels, evenly_spaced
+from tests.support.refusals import refusal
 from utils import files
 from utils.errors import InputError
 
@@ -39,27 +37,6 @@ def write_latents(path, fingerprint, *, count=COUNT, dtype=np.float32, **info):
 @pytest.fixture
 def data(tmp_path):
     return ImageData(write_data(tmp_path / "data"))
-
-
-class Indices:
-    """A data set whose items are their own indices."""
-
-    def __init__(self, count):
-        self.count = count
-
-    def __len__(self):
-        return self.count
-
-    def __getitems__(self, indices):
-        return list(indices)
-
-
-def take(count, iterator):
-    return list(itertools.islice(iterator, count))
-
-
-def flat(lists):
-    return list(itertools.chain.from_iterable(lists))
 
 
 # --- data folder
@@ -93,14 +70,6 @@ def test_fingerprint_identifies_the_data_set(data, tmp_path):
     ]
     prints = {data.fingerprint, *(ImageData(other).fingerprint for other in others)}
     assert len(prints) == len(others) + 1
-
-
-def refusal(call, *args, **kwargs):
-    with pytest.raises(InputError) as caught:
-        call(*args, **kwargs)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def test_missing_data_folder_names_the_command(tmp_path):
@@ -188,90 +157,6 @@ def test_refused_latents(data, tmp_path):
     assert "float64 (23, 8, 2, 2); float32 or float16 (N, 2C, h, w) is needed" in refusal(LatentData, path, data)
 
 
-# --- batches
-
-
-def test_processes_share_the_same_global_batches():
-    def global_batches(world_size):
-        ranks = [
-            batches(Indices(50), batch_size=8, seed=3, rank=rank, world_size=world_size) for rank in range(world_size)
-        ]
-        return [flat(parts) for parts in take(20, zip(*ranks, strict=True))]
-
-    assert global_batches(1) == global_batches(2) == global_batches(4)
-
-
-def test_every_epoch_is_another_permutation():
-    assert batches_per_epoch(51, 10) == 5
-    order = take(15, batches(Indices(51), batch_size=10, seed=0))
-    epochs = [flat(order[i : i + 5]) for i in (0, 5, 10)]
-    for epoch in epochs:
-        assert len(set(epoch)) == 50 and set(epoch) <= set(range(51))
-    assert epochs[0] != epochs[1] != epochs[2]
-    assert take(1, batches(Indices(51), batch_size=10, seed=1)) != order[:1]
-    assert sorted(flat(take(5, batches(Indices(50), batch_size=10, seed=0)))) == list(range(50))
-
-
-def test_the_order_stays_what_it_was():
-    """Resumed runs of later versions must see the same order."""
-    assert take(2, batches(Indices(10), batch_size=5, seed=0)) == [[8, 0, 3, 7, 6], [4, 1, 5, 2, 9]]
-
-
-@pytest.mark.parametrize("start", [0, 1, 4, 5, 13])
-def test_start_equals_skipping(start):
-    whole = take(start + 7, batches(Indices(23), batch_size=4, seed=0))
-    assert take(7, batches(Indices(23), batch_size=4, seed=0, start=start)) == whole[start:]
-
-
-def test_a_far_start_costs_nothing():
-    assert len(take(1, batches(Indices(23), batch_size=4, seed=0, start=10**15))[0]) == 4
-
-
-def test_workers_change_nothing_and_the_training_generator_stays(data):
-    before = torch.get_rng_state()
-    serial, parallel = (
-        take(8, batches(data, batch_size=6, seed=0, rank=1, world_size=2, start=2, num_workers=n)) for n in (0, 2)
-    )
-    assert torch.equal(torch.get_rng_state(), before)
-    for a, b in zip(serial, parallel, strict=True):
-        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
-    assert serial[0][0].shape == (3, 3, RESOLUTION, RESOLUTION)
-
-
-def test_batch_size_errors_come_at_once():
-    message = refusal(batches, Indices(7), batch_size=8, seed=0)
-    assert message.startswith("--batch-size: 8 was given; ") and "7 images" in message
-    message = refusal(batches, Indices(50), batch_size=10, seed=0, rank=0, world_size=4)
-    assert message.startswith("--batch-size: 10 was given; a multiple of 4")
-
-
-# --- files
-
-
-def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path):
-    path = tmp_path / "sub" / "a.json"
-    files.write_json(path, {"old": 1})
-    with pytest.raises(KeyboardInterrupt), files.atomic_write(path) as temporary:
-        temporary.write_text("half")
-        assert json.loads(path.read_text()) == {"old": 1}
-        raise KeyboardInterrupt
-    assert json.loads(path.read_text()) == {"old": 1}
-    assert [p.name for p in path.parent.iterdir()] == ["a.json"]
-    with files.atomic_write(path) as temporary:
-        temporary.write_text("new")
-    assert path.read_text() == "new"
-
-
-def test_sha256(tmp_path):
-    (tmp_path / "a").write_bytes(b"abc")  # FIPS 180-2, appendix B.1
-    assert files.sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-
-
-def test_require_disk_looks_at_the_nearest_folder(tmp_path, monkeypatch):
-    asked = []
-    usage = shutil._ntuple_diskusage(10**12, 0, 5 * 10**9)
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: asked.append(path) or usage)
-    files.require_disk(tmp_path / "a" / "b", 5 * 10**9, "--output-dir: it")
-    assert asked == [tmp_path]
-    message = refusal(files.require_disk, tmp_path / "a" / "b", 251_661_000_000, "--output-dir: it")
-    assert message == f"--output-dir: it: 252 GB are needed on the disk of {tmp_path / 'a' / 'b'}, 5 GB are free"
+def test_evenly_spaced_indices_are_at_most_all():
+    assert evenly_spaced(10, 4) == [0, 2, 5, 7]
+    assert evenly_spaced(3, 10) == [0, 1, 2]

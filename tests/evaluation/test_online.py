@@ -14,6 +14,9 @@ from tests.support import small
 SCRIPTS = {"repae": (train_repae, small.repae_options), "ldm": (train_ldm_only, small.ldm_options)}
 
 
+pytestmark = pytest.mark.usefixtures("few_steps")
+
+
 @pytest.mark.parametrize("kind", SCRIPTS)
 def test_a_curve_that_does_not_disturb_the_run(kind, place, tmp_path):
     script, options = SCRIPTS[kind]

@@ -1,37 +1,22 @@
-"""Reconstruction metrics and the picture of a VAE before and after."""
-
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""Reconstruction metrics, the latents in colours, and the picture of a VAE before and after."""
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-import evaluate
 from dataset.image_sources import ImageArray, Subset
 from evaluation.evaluator import extract
 from evaluation.metrics import frechet_distance, psnr, ssim
 from evaluation.reconstruction import comparison_picture, latent_colours, measure_reconstruction, reconstruct
-from models.vae import build_vae, vae_models
-from tests.support.evaluation_data import encoder_folder, random_images, samples_file
+from tests.support.evaluation_data import random_images, small_vae
 from utils.errors import InputError
 
 CPU = torch.device("cpu")
 
 
-def make_vae(seed: int = 0) -> torch.nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return build_vae(vae_models["f4d4-tiny"] | {"block_out_channels": [32, 64, 64]}).eval().requires_grad_(False)
-
-
 @pytest.fixture(scope="module")
 def vae():
-    return make_vae()
+    return small_vae()
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +86,7 @@ def test_few_images_are_warned_about(vae, source, caplog):
 
 
 def test_a_damaged_vae_gets_no_numbers(source):
-    vae = make_vae()
+    vae = small_vae()
     vae.decoder.conv_out.bias.data[0] = float("nan")
     with pytest.raises(InputError, match="reconstruction of some image is not finite"):
         measure_reconstruction(vae, source, CPU)
@@ -131,81 +116,10 @@ def test_latents_of_few_channels_have_black_for_the_rest():
 
 def test_picture_has_a_row_of_originals_and_three_for_each_vae(vae):
     images = torch.from_numpy(random_images(3, 96, 0)).permute(0, 3, 1, 2)
-    picture = comparison_picture(images, {"before": vae, "after": make_vae(1)})
+    picture = comparison_picture(images, {"before": vae, "after": small_vae(1)})
     assert picture.shape == (7 * (20 + 96), 3 * 96, 3)
     np.testing.assert_array_equal(picture[20:116, 96:192], images[1].permute(1, 2, 0))
     reconstructions, _ = reconstruct(vae, images)
     np.testing.assert_array_equal(picture[136:232, 192:], reconstructions[2].permute(1, 2, 0))
     difference = 127.5 + 4 * (reconstructions[0].float() - images[0].float())
     np.testing.assert_array_equal(picture[252:348, :96], difference.clamp(0, 255).byte().permute(1, 2, 0))
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("reconstruction")
-    for name, seed in (("before", 0), ("after", 1)):
-        make_vae(seed).save_pretrained(folder / name)
-    samples_file(folder / "images.npz", 24, 16, 3)
-    encoder_folder(folder / "encoder")
-    return folder
-
-
-def flags(place: Path, *arguments) -> list[str]:
-    fixed = [
-        "--reconstruct",
-        "--vae-ckpt",
-        place / "before",
-        place / "after",
-        "--data-dir",
-        place / "images.npz",
-        "--no-lpips",
-        "--features",
-        f"timm:local-dir:{place / 'encoder'}",
-    ]
-    return [str(argument) for argument in (*fixed, *arguments)]
-
-
-def run(place: Path, *arguments) -> dict:
-    evaluate.main(flags(place, *arguments))
-    return json.loads((place / "after-reconstruction.json").read_text())
-
-
-def test_script_compares_two_vaes(place, capsys):
-    found = run(place)
-    assert list(found["results"]) == ["before", "after"] and found["count"] == 24
-    vae, source = make_vae(1), ImageArray(np.load(place / "images.npz")["arr_0"], "images")
-    expected = measure_reconstruction(vae, source, CPU)
-    assert {key: found["results"]["after"][key] for key in expected} == pytest.approx(expected, rel=1e-6)
-    assert found["results"]["after"]["rfd_encoder-mean-tokens"] > 0
-    assert Image.open(place / "after-reconstruction.png").size == (8 * 96, 7 * (20 + 96))
-    assert "before (24 images)" in capsys.readouterr().out
-
-
-def test_two_processes_give_the_same_numbers(place):
-    expected = run(place)["results"]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--master-port=29618",
-        "evaluate.py",
-    ]
-    command += flags(place, "--batch-size", 5, "--output", place / "two.json")
-    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=240)
-    found = json.loads((place / "two.json").read_text())
-    assert found["processes"] == 2
-    for name, numbers in found["results"].items():
-        assert numbers == pytest.approx(expected[name], rel=1e-4)  # at another batch size a level may flip
-
-
-def test_script_takes_an_even_selection(place):
-    assert run(place, "--max-images", 10, "--num-picture", 0)["count"] == 10
-
-
-def test_images_that_a_vae_cannot_take_are_refused(place, capsys):
-    samples_file(place / "odd.npz", 8, 18, 0)
-    with pytest.raises(SystemExit) as leaving:
-        run(place, "--data-dir", place / "odd.npz")
-    assert leaving.value.code == 2
-    assert "--data-dir: " in (line := capsys.readouterr().err) and "18 x 18 images; multiples of 4, 11 at least" in line

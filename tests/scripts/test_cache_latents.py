@@ -1,11 +1,7 @@
-"""cache_latents.py: the same cache from one process, two, or a job that was killed and started again."""
+"""cache_latents.py: the same cache from one job, or from one that was killed and started again; bad input."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -16,6 +12,7 @@ from dataset.data import ImageData, LatentData
 from models.vae import build_vae, encode_moments, measure_latent_statistics, to_mean_std
 from models.vae_files import save_vae_files
 from models.vae_keys import to_ldm
+from tests.support.forks import Fork
 from utils.files import sha256
 from utils.images import to_signed
 
@@ -78,10 +75,6 @@ def whole(place):
     return LatentData(place / "whole", ImageData(place / "data"))
 
 
-def environment():
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": "."}
-
-
 @torch.no_grad()
 def test_the_cache(whole, place, vae):
     data = ImageData(place / "data")
@@ -99,47 +92,18 @@ def test_the_cache(whole, place, vae):
     torch.testing.assert_close(torch.tensor(info["latents_bias"]), bias.flatten(), rtol=1e-4, atol=1e-6)
 
 
-def test_two_processes_write_the_same(whole, place):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, "cache_latents.py", *flags(place, "two")],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert np.array_equal(np.load(place / "two.npy"), whole.array)
-    one, two = whole.info, json.loads((place / "two.json").read_text())
-    for name in ("latents_scale", "latents_bias"):
-        np.testing.assert_allclose(two.pop(name), one[name], rtol=1e-6)
-    assert two == {key: value for key, value in one.items() if key in two} | {"name": "two"}
-
-
 def test_a_killed_job_goes_on(whole, place, monkeypatch):
-    """Killed for real, after its first batches; then finished in this process, which does only the rest."""
-    slow = (
-        "import cache_latents, time, sys; cache_latents.FLUSH_SECONDS = 0; write = cache_latents.LatentCache.flush\n"
-        "def flush(self): write(self); time.sleep(0.3)\n"
-        "cache_latents.LatentCache.flush = flush; cache_latents.main(sys.argv[1:])"
-    )
+    """Killed within its third batch of four; then finished in this process, which does only the rest."""
     arguments = flags(place, "killed", batch=4)
-    job = subprocess.Popen([sys.executable, "-c", slow, *arguments], env=environment(), stderr=subprocess.DEVNULL)
-    progress = place / "killed.done.tmp-cache"
-    deadline = time.monotonic() + 60
-    while not (progress.exists() and np.load(progress, mmap_mode="r").sum() >= 8):
-        assert job.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    job.send_signal(signal.SIGKILL)
-    job.wait()
-    done = int(np.load(progress).sum())
-    assert 8 <= done < COUNT and not (place / "killed.npy").exists()
+    job = Fork("tests/support/workers/killed_cache.py", *arguments).wait()
+    assert job.returncode == -signal.SIGKILL, job.stderr
+    assert not (place / "killed.npy").exists()
+    done = int(np.load(place / "killed.done.tmp-cache").sum())
+    assert done == 8
 
-    encoded = []
-    real = cache_latents.encode_moments
-    monkeypatch.setattr(
-        cache_latents, "encode_moments", lambda vae, pixels: encoded.append(len(pixels)) or real(vae, pixels)
-    )
+    encoded, encode = [], cache_latents.encode_moments
+    noted = lambda vae, pixels: encoded.append(len(pixels)) or encode(vae, pixels)  # noqa: E731
+    monkeypatch.setattr(cache_latents, "encode_moments", noted)
     cache_latents.main(arguments)
     assert sum(encoded) == COUNT - done
     np.testing.assert_allclose(np.load(place / "killed.npy"), whole.array, rtol=1e-4, atol=1e-5)

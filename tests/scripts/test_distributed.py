@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+import cache_latents
+import evaluate
 import train_ldm_only
 import train_repae
 import train_vae
 from tests.support import small
-from tests.support.evaluation_data import random_images
+from tests.support.evaluation_data import encoder_folder, few_sampling_steps, random_images, samples_file, small_vae
 from tests.support.workers.distributed import evaluate_images, latents, normalise
 from tests.support.workers.recorder import recording
 from utils.images import save_png
@@ -20,80 +22,98 @@ SCRIPTS = {"train_repae": train_repae, "train_ldm_only": train_ldm_only, "train_
 PER_PROCESS_NORM = ("d_loss", "logits_real", "logits_fake", "lecam_loss", "grad_norm_disc")  # of the discriminator
 
 
-def commands(place, output, folder) -> dict[str, tuple[str, list[str]]]:
-    """{job: (script, argv)}: three runs, and some that must be refused."""
-    loss = small.write_loss_config(folder / "loss.yaml", discriminator_weight=0)
-    bare = folder / "bare.pt"  # without statistics, so that these are measured, by both processes together
-    shutil.copy(place.vae, bare)
-    rates = dict(learning_rate=1e-4, vae_learning_rate=1e-5, disc_learning_rate=3e-5)
-    online = dict(eval_steps=3, eval_reference=place.data, eval_samples=70, eval_features=place.encoder)
-    stats = folder / "stats.npz"  # of another space
+@pytest.fixture(scope="module")
+def inputs(place, tmp_path_factory):
+    """What the jobs read beside `place`."""
+    folder = tmp_path_factory.mktemp("inputs")
+    small.write_loss_config(folder / "loss.yaml", discriminator_weight=0)
+    shutil.copy(place.vae, folder / "bare.pt")  # without statistics, so that these are measured
     meta = dict(format=1, features="inception", size=[24, 24], count=20, source="")
-    np.savez(stats, mu=np.zeros(2048), sigma=np.eye(2048), meta=np.array(json.dumps(meta)))
-    damaged = folder / "damaged"
-    damaged.mkdir()
+    np.savez(folder / "other-space.npz", mu=np.zeros(2048), sigma=np.eye(2048), meta=np.array(json.dumps(meta)))
     for i, image in enumerate(random_images(8, 24, 0)):
-        save_png(image, damaged / f"{i}.png")
-    (damaged / "5.png").write_bytes(b"no image")
-    common = dict(loss_cfg_path=loss, max_train_steps=3, checkpointing_steps=3, **rates)
+        save_png(image, folder / "damaged" / f"{i}.png")
+    (folder / "damaged" / "5.png").write_bytes(b"no image")
+    for name, count, seed in (("samples", 40, 1), ("real", 50, 2), ("images", 24, 3)):
+        samples_file(folder / f"{name}.npz", count, 16, seed)
+    encoder_folder(folder / "encoder")
+    for name, seed in (("before", 0), ("after", 1)):
+        small_vae(seed).save_pretrained(folder / name)
+    return folder
+
+
+def training_jobs(place, inputs, output) -> dict[str, tuple[str, list[str]]]:
+    """{job: (script, argv)} of a run of each training script."""
+    rates = dict(learning_rate=1e-4, vae_learning_rate=1e-5, disc_learning_rate=3e-5)
+    common = dict(loss_cfg_path=inputs / "loss.yaml", max_train_steps=3, checkpointing_steps=3, **rates)
+    jointly = dict(vae_ckpt=inputs / "bare.pt", gradient_accumulation_steps=2, num_preview=2)
+    online = dict(eval_steps=3, eval_reference=place.data, eval_samples=70, eval_features=place.encoder)
     return {
-        "train_repae": (
-            "train_repae",
-            small.repae_options(
-                place, output, "train_repae", vae_ckpt=bare, gradient_accumulation_steps=2, num_preview=2, **common
-            ),
-        ),
+        "train_repae": ("train_repae", small.repae_options(place, output, "train_repae", **common, **jointly)),
         "train_ldm_only": (
             "train_ldm_only",
             small.ldm_options(place, output, "train_ldm_only", max_train_steps=3, **online),
         ),
         "train_vae": ("train_vae", small.vae_options(place, output, "train_vae", **common)),
+    }
+
+
+def other_jobs(place, inputs, output, *, batch_sizes=(32, 32)) -> dict[str, tuple[str, list[str]]]:
+    """{job: (script, argv)} of the other scripts' jobs; the batch sizes are those of evaluate.py."""
+    features, (of_samples, of_images) = f"timm:local-dir:{inputs / 'encoder'}", batch_sizes
+    cache = small.cache_options(place, "cache", output_dir=output, vae_ckpt_path=inputs / "bare.pt")
+    sets = dict(samples=inputs / "samples.npz", reference=inputs / "real.npz", features=features)
+    evaluation = small.argv(**sets, batch_size=of_samples, output=output / "evaluate.json")
+    images = dict(data_dir=inputs / "images.npz", lpips=False, features=features, batch_size=of_images)
+    vaes = ["--vae-ckpt", str(inputs / "before"), str(inputs / "after")]
+    reconstruction = small.argv(reconstruct=True, **images, output=output / "reconstruct.json")
+    return {
+        "cache": ("cache_latents", cache),
+        "evaluate": ("evaluate", evaluation),
+        "reconstruct": ("evaluate", [*reconstruction, *vaes]),
+    }
+
+
+def refused_jobs(place, inputs, output) -> dict[str, tuple[str, list[str]]]:
+    """{job: (script, argv)} of jobs with bad input; the last one meets it on one process alone."""
+    none = inputs / "none"
+    online = dict(eval_steps=3, eval_features=place.encoder)
+    damaged = dict(samples=inputs / "damaged", reference=place.data, features=place.encoder, batch_size=4)
+    return {
         "odd batch": ("train_ldm_only", small.ldm_options(place, output, "refused", batch_size=9)),
-        "no data": ("train_repae", small.repae_options(place, output, "refused", data_dir=folder / "none")),
-        "no reference": (
-            "train_repae",
-            small.repae_options(place, output, "refused", **online | dict(eval_reference=folder / "none")),
-        ),
+        "no data": ("train_repae", small.repae_options(place, output, "refused", data_dir=none)),
+        "no reference": ("train_repae", small.repae_options(place, output, "refused", **online, eval_reference=none)),
         "other statistics": (
             "train_ldm_only",
-            small.ldm_options(place, output, "refused", **online | dict(eval_reference=stats)),
+            small.ldm_options(place, output, "refused", **online, eval_reference=inputs / "other-space.npz"),
         ),
-        "damaged image": (
-            "evaluate",
-            small.argv(  # the last job: it ends the process group
-                samples=damaged, reference=place.data, features=place.encoder, batch_size=4, output=output / "e.json"
-            ),
-        ),
+        "damaged image": ("evaluate", small.argv(**damaged, output=output / "damaged.json")),
     }
 
 
 @pytest.fixture(scope="module")
-def two(place, tmp_path_factory):
+def two(place, inputs, tmp_path_factory):
     """(output folder, what process 0 saw, what process 1 saw) of one start under torchrun."""
     folder = tmp_path_factory.mktemp("two")
-    (folder / "jobs.json").write_text(json.dumps(commands(place, folder / "exps", folder)))
-    done = small.run_python(
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "tests/support/workers/distributed.py",
-        folder,
-    )
+    output = folder / "exps"
+    jobs = training_jobs(place, inputs, output) | other_jobs(place, inputs, output, batch_sizes=(8, 5))
+    (folder / "jobs.json").write_text(json.dumps(jobs | refused_jobs(place, inputs, output)))
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    done = small.run_python(*launch, "tests/support/workers/distributed.py", folder)
     assert done.returncode == 0, done.stderr
-    return folder / "exps", *(torch.load(folder / f"{rank}.pt") for rank in (0, 1))
+    return output, *(torch.load(folder / f"{rank}.pt") for rank in (0, 1))
 
 
 @pytest.fixture(scope="module")
-def one(place, tmp_path_factory):
-    """(output folder, what was seen) of the same runs in this process."""
-    folder = tmp_path_factory.mktemp("one")
-    records = {}
-    for job, (script, argv) in commands(place, folder / "exps", folder).items():
-        if job in SCRIPTS:
+def one(place, inputs, tmp_path_factory):
+    """(output folder, what was seen while training) of the same jobs in this process."""
+    output, records = tmp_path_factory.mktemp("one") / "exps", {}
+    with few_sampling_steps():
+        for job, (script, argv) in training_jobs(place, inputs, output).items():
             with recording() as records[job]:
                 SCRIPTS[script].main(argv)
-    return folder / "exps", records
+    for script, argv in other_jobs(place, inputs, output).values():
+        {"cache_latents": cache_latents, "evaluate": evaluate}[script].main(argv)
+    return output, records
 
 
 @pytest.mark.parametrize("job", SCRIPTS)
@@ -189,7 +209,7 @@ def test_refused_once_for_all(job, message, two):
 
 def test_what_one_process_alone_meets_is_said_by_it_and_ends_all(two):
     first, second = (process["damaged image"] for process in two[1:])
-    assert first["code"] == second["code"] == 2 and not (two[0] / "e.json").exists()
+    assert first["code"] == second["code"] == 2 and not (two[0] / "damaged.json").exists()
     assert "error" not in first["stderr"].lower()
     (said,) = (line for line in second["stderr"].splitlines() if "error" in line.lower())
     assert "[rank 1]: error: " in said and "5.png" in said
@@ -209,3 +229,28 @@ def test_the_online_evaluation_is_that_of_one_process(one, two):
     assert len(curves[0]) == len(curves[1]) == 1
     expected, actual = (json.loads(curve[0]) for curve in curves)
     assert actual["step"] == 3 and actual == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_cache_is_that_of_one_process(one, two):
+    """20 images are two whole batches and a short one; the statistics are measured by both."""
+    expected, actual = (json.loads((output / "cache.json").read_text()) for output in (one[0], two[0]))
+    assert np.array_equal(*(np.load(output / "cache.npy") for output in (one[0], two[0])))
+    for name in ("latents_scale", "latents_bias"):
+        np.testing.assert_allclose(actual.pop(name), expected.pop(name), rtol=1e-6)
+    assert actual == expected
+
+
+@pytest.mark.parametrize(("job", "rel"), [("evaluate", 1e-6), ("reconstruct", 1e-4)])
+def test_evaluate_py_gives_the_numbers_of_one_process_at_another_batch_size(job, rel, one, two):
+    """A reconstruction's level may flip at another batch size."""
+    expected, actual = (json.loads((output / f"{job}.json").read_text()) for output in (one[0], two[0]))
+    assert (expected["processes"], actual["processes"]) == (1, 2)
+    for numbers, others in zip(measured(expected), measured(actual), strict=True):
+        assert len(numbers) >= 3 and others == pytest.approx(numbers, rel=rel)
+
+
+def measured(record: dict) -> list[dict[str, float]]:
+    """The metrics of each VAE, or of the samples."""
+    names = ("fd_", "precision_", "recall_")
+    samples = {key: value for key, value in record.items() if key.startswith(names)}
+    return list(record["results"].values()) if "results" in record else [samples]

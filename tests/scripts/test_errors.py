@@ -1,12 +1,10 @@
 """What bad input gets: one line on stderr that says what is needed, exit code 2, and nothing written."""
 
 import contextlib
-import errno
 import shutil
 from collections import namedtuple
 from datetime import date
 from pathlib import Path
-from types import SimpleNamespace
 from urllib.error import URLError
 
 import numpy as np
@@ -21,8 +19,6 @@ import train_ldm_only
 import train_repae
 import train_vae
 from tests.support import small
-from utils.checkpoint import read_checkpoint
-from utils.errors import command
 
 MAIN = {
     module.__name__: module.main
@@ -297,38 +293,6 @@ def test_processes_that_do_not_know_each_other(place, bad, alone, capsys, monkey
     assert "the launcher started 2 processes" in line and "torchrun" in line
 
 
-def test_public_arguments_are_the_one_class_that_is_allowed(tmp_path):
-    """argparse.Namespace loads and becomes a dict; a subclass of it by another name does not."""
-    from argparse import Namespace
-
-    torch.save({"model": {}, "ema": {}, "args": Namespace(seed=3)}, tmp_path / "public.pt")
-    assert read_checkpoint(tmp_path / "public.pt")["args"] == {"seed": 3}
-    torch.save({"model": {}, "ema": {}, "args": SimpleNamespace(seed=3)}, tmp_path / "foreign.pt")
-    with pytest.raises(ValueError, match=r"types\.SimpleNamespace"):
-        read_checkpoint(tmp_path / "foreign.pt")
-
-
-@pytest.mark.parametrize(
-    ("error", "said"),
-    [
-        (OSError(errno.ENOSPC, "No space left on device", "x.npy"), "stopped: x.npy: No space left on device"),
-        (PermissionError(errno.EACCES, "Permission denied", "x"), "stopped: x: Permission denied"),
-        (
-            torch.OutOfMemoryError("CUDA out of memory.\nTried"),
-            "a smaller batch needs less (CUDA out of memory. Tried)",
-        ),
-    ],
-)
-def test_what_stops_a_job_on_its_way_is_one_line(error, said, capsys):
-    def main(argv):
-        raise error
-
-    with pytest.raises(SystemExit) as stopped:
-        command(main)()
-    line = capsys.readouterr().err
-    assert stopped.value.code == 1 and said in line and line.count("\n") == 1
-
-
 def test_a_full_disk_stops_a_run_in_one_line(place, tmp_path, monkeypatch, capsys):
     @contextlib.contextmanager
     def full(path):
@@ -339,15 +303,6 @@ def test_a_full_disk_stops_a_run_in_one_line(place, tmp_path, monkeypatch, capsy
         train_ldm_only.main(small.ldm_options(place, tmp_path, "run", max_train_steps=1, enc_type="None", proj_coeff=0))
     (said,) = (line for line in capsys.readouterr().err.splitlines() if "stopped" in line)
     assert stopped.value.code == 1 and "0000001.pt: not written: no space left" in said
-
-
-@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), FileNotFoundError(errno.ENOENT, "No such file", "x")])
-def test_our_own_faults_keep_their_traceback(error):
-    def main(argv):
-        raise error
-
-    with pytest.raises(type(error)):
-        command(main)()
 
 
 def test_a_run_that_diverges_stops_in_one_line_before_a_bad_checkpoint(place, tmp_path, capsys):

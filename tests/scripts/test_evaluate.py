@@ -1,195 +1,29 @@
-"""Evaluation end to end: one set of images gives the same numbers however it is cut, read or shared among processes."""
+"""evaluate.py: its numbers and files, reconstructions of one or two VAEs, and what bad input gets."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from PIL import Image
 
 import evaluate
 from dataset.image_sources import ImageArray
-from evaluation.evaluator import Evaluator, FeatureSet, FeatureStream, compare, extract
+from evaluation.evaluator import compare
 from evaluation.features import exact_float32, load_features
-from evaluation.metrics import frechet_distance, inception_score, precision_recall
-from evaluation.reference import read_reference, save_reference
+from evaluation.metrics import inception_score
+from evaluation.reconstruction import measure_reconstruction
 from tests.support.evaluation_data import (
-    TinyInception,
     as_images,
     encoder_folder,
+    feature_set,
     inception_file,
-    random_images,
     samples_file,
+    small_vae,
 )
-from utils.errors import InputError
 
 CPU = torch.device("cpu")
-
-
-def feature_set(images: np.ndarray, network: nn.Module, batch_size: int = 32) -> FeatureSet:
-    return extract(ImageArray(images, "array"), network, CPU, batch_size=batch_size)
-
-
-@pytest.fixture(scope="module")
-def real():
-    return random_images(120, 8, 1)
-
-
-@pytest.fixture(scope="module")
-def fake():
-    return random_images(100, 8, 2)
-
-
-# The evaluator
-
-
-def test_evaluator_gives_the_metrics_of_all_samples(real, fake):
-    network = TinyInception()
-    evaluator = Evaluator(network, feature_set(real, network), CPU, batch_size=32)
-    for part in torch.randperm(100, generator=torch.Generator().manual_seed(0)).split(7):  # any batches, any order
-        evaluator.add(as_images(fake)[part], part)
-    found = evaluator.result()
-
-    (pool_r, spatial_r), (pool_f, spatial_f) = (network(as_images(images)) for images in (real, fake))
-    moments = [
-        (features.double().mean(0), features.double().T.cov()) for features in (pool_f, pool_r, spatial_f, spatial_r)
-    ]
-    score = inception_score(network.probabilities(pool_f))
-    precision, recall = precision_recall(pool_r, pool_f)
-    precision_adm, recall_adm = precision_recall(pool_r, pool_f, half=True)
-    expected = {
-        "fid": frechet_distance(*moments[0], *moments[1]),
-        "sfid": frechet_distance(*moments[2], *moments[3]),
-        "inception_score": score[0],
-        "inception_score_std": score[1],
-        "precision": precision,
-        "recall": recall,
-        "precision_adm": precision_adm,
-        "recall_adm": recall_adm,
-    }
-    assert list(found) == list(expected)
-    assert found == pytest.approx(expected, rel=1e-5)
-    assert found["fid"] > 0.01 and 0 < found["recall"] < 1
-
-
-def test_the_network_sees_batches_of_one_size(real):
-    network = TinyInception()
-    stream = FeatureStream(network, CPU, batch_size=32)
-    for part in torch.arange(120).split(50):
-        stream.add(as_images(real)[part], part)
-    found = stream.finish()
-    assert network.batches == [32] * 4
-    assert found.count == 120 and found.features.shape == (120, 6)
-    assert torch.equal(found.features, feature_set(real, TinyInception()).features)
-
-
-def test_only_the_features_asked_for_are_kept(real):
-    keep = torch.tensor([0, 3, 77, 119])
-    stream = FeatureStream(TinyInception(), CPU, batch_size=16, keep=keep)
-    stream.add(as_images(real), torch.arange(120))
-    found = stream.finish()
-    whole = feature_set(real, TinyInception(), 16)
-    assert torch.equal(found.features, whole.features[keep])
-    torch.testing.assert_close(found.pool, whole.pool, rtol=1e-12, atol=0)
-
-
-def test_evaluation_disturbs_neither_random_state_nor_precision(real, fake):
-    torch.backends.cudnn.allow_tf32 = True
-    state = torch.get_rng_state()
-    seen = []
-
-    class Watching(TinyInception):
-        def forward(self, images):
-            backends = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-            seen.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), *backends))
-            return super().forward(images)
-
-    network = Watching()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        evaluator = Evaluator(network, feature_set(real, network), CPU)
-        evaluator.add(as_images(fake), torch.arange(100))
-        evaluator.result()
-        assert torch.is_autocast_enabled("cpu")
-    assert set(seen) == {(False, False, False, False)}
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.backends.cudnn.allow_tf32
-
-
-def test_features_that_are_not_finite_are_refused(real):
-    network = TinyInception()
-    network.maps[0, 0] = float("nan")
-    with pytest.raises(InputError, match="features of some image are not finite"):
-        feature_set(real, network)
-
-
-def test_few_images_are_warned_about_or_refused(real, caplog):
-    network = TinyInception()
-    few = feature_set(real[:6], network)
-    compare(few, few, network, CPU)
-    assert "samples: 6 images for 6 dimensions: the covariance is singular" in caplog.text
-    with pytest.raises(InputError, match="the samples: 3 images were given; precision and recall need more than 3"):
-        compare(feature_set(real[:3], network), few, network, CPU)
-    with pytest.raises(InputError, match="1 images were given"):
-        feature_set(real[:1], network)
-
-
-# References
-
-
-def test_adm_reference_gives_its_stored_moments_and_the_neighbours_of_its_images(tmp_path, real, fake):
-    network = TinyInception()
-    whole = feature_set(real, network)
-    stored = {"mu": whole.pool[0] + 1, "sigma": whole.pool[1], "mu_s": whole.spatial[0], "sigma_s": whole.spatial[1]}
-    np.savez(tmp_path / "adm.npz", arr_0=real[:50], **{name: value.numpy() for name, value in stored.items()})
-    reference = read_reference(tmp_path / "adm.npz", network, (8, 8), CPU)
-    assert torch.equal(reference.pool[0], stored["mu"]) and torch.equal(reference.spatial[1], stored["sigma_s"])
-    torch.testing.assert_close(reference.features, whole.features[:50], rtol=0, atol=0)
-
-    np.savez(tmp_path / "moments.npz", mu=stored["mu"].numpy(), sigma=stored["sigma"].numpy())
-    samples = feature_set(fake, network)
-    alone = compare(samples, read_reference(tmp_path / "moments.npz", network, (8, 8), CPU), network, CPU)
-    assert list(alone) == ["fid", "inception_score", "inception_score_std"]
-    assert alone["fid"] == compare(samples, reference, network, CPU)["fid"]
-
-
-def test_saved_statistics_give_the_same_numbers(tmp_path, real, fake):
-    network = TinyInception()
-    np.savez(tmp_path / "real.npz", arr_0=real)
-    reference = read_reference(tmp_path / "real.npz", network, (8, 8), CPU)
-    save_reference(tmp_path / "stats.npz", reference, network, (8, 8), CPU, "real.npz")
-    again = read_reference(tmp_path / "stats.npz", network, (8, 8), CPU)
-    samples = feature_set(fake, network)
-    assert compare(samples, again, network, CPU) == compare(samples, reference, network, CPU)
-    assert again.count == 120
-
-
-def test_saved_statistics_of_other_weights_space_or_size_are_refused(tmp_path, real):
-    network = TinyInception()
-    save_reference(tmp_path / "s.npz", feature_set(real, network), network, (8, 8), CPU, "real")
-    with pytest.raises(InputError, match="made with other weights of inception"):
-        read_reference(tmp_path / "s.npz", TinyInception(seed=1), (8, 8), CPU)
-    with pytest.raises(InputError, match=r"from \(8, 8\) images; \(16, 16\) is needed"):
-        read_reference(tmp_path / "s.npz", network, (16, 16), CPU)
-    network.label = "dinov2-vit-l"
-    with pytest.raises(InputError, match="made in the space of inception; --features asks for dinov2-vit-l"):
-        read_reference(tmp_path / "s.npz", network, (8, 8), CPU)
-
-
-@pytest.mark.parametrize(
-    "name, value", [("mu", np.zeros(2048)), ("sigma", np.zeros((6, 5))), ("mu", np.full(6, np.nan))]
-)
-def test_moments_that_do_not_fit_are_refused(tmp_path, name, value):
-    arrays = {"mu": np.zeros(6), "sigma": np.eye(6)} | {name: value}
-    np.savez(tmp_path / "r.npz", **arrays)
-    with pytest.raises(InputError, match=rf"r\.npz: {name} is"):
-        read_reference(tmp_path / "r.npz", TinyInception(), (8, 8), CPU)
-
-
-# The script
 
 
 @pytest.fixture(scope="module")
@@ -245,23 +79,6 @@ def test_statistics_saved_once_serve_as_reference(place, capsys):
     with pytest.raises(SystemExit):
         run("--reference", place / "real.npz", "--save-stats", place / "stats.npz", *space(place))
     assert "--save-stats" in capsys.readouterr().err
-
-
-def test_two_processes_and_other_batches_give_the_same_numbers(place):
-    arguments = ["--samples", place / "samples.npz", "--reference", place / "real.npz", *space(place)]
-    run(*arguments, "--output", place / "one.json")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--master-port=29617",
-        "evaluate.py",
-    ]
-    command += map(str, [*arguments, "--output", place / "two.json", "--batch-size", 8])
-    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=240)
-    assert json.loads((place / "two.json").read_text())["processes"] == 2
-    assert numbers(place / "two.json") == pytest.approx(numbers(place / "one.json"), rel=1e-6)
 
 
 def test_script_with_inception(place):
@@ -372,3 +189,59 @@ def test_wrong_flags_are_one_line(place, capsys, arguments, message):
     lines = capsys.readouterr().err.splitlines()
     assert leaving.value.code == 2 and len(lines) == 1
     assert message.replace("{}", str(place)) in lines[0]
+
+
+# Reconstructions
+
+
+@pytest.fixture(scope="module")
+def vaes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reconstruction")
+    for name, seed in (("before", 0), ("after", 1)):
+        small_vae(seed).save_pretrained(folder / name)
+    samples_file(folder / "images.npz", 24, 16, 3)
+    encoder_folder(folder / "encoder")
+    return folder
+
+
+def reconstruction_flags(vaes: Path, *arguments) -> list[str]:
+    fixed = [
+        "--reconstruct",
+        "--vae-ckpt",
+        vaes / "before",
+        vaes / "after",
+        "--data-dir",
+        vaes / "images.npz",
+        "--no-lpips",
+        "--features",
+        f"timm:local-dir:{vaes / 'encoder'}",
+    ]
+    return [str(argument) for argument in (*fixed, *arguments)]
+
+
+def reconstruct(vaes: Path, *arguments) -> dict:
+    evaluate.main(reconstruction_flags(vaes, *arguments))
+    return json.loads((vaes / "after-reconstruction.json").read_text())
+
+
+def test_script_compares_two_vaes(vaes, capsys):
+    found = reconstruct(vaes)
+    assert list(found["results"]) == ["before", "after"] and found["count"] == 24
+    vae, source = small_vae(1), ImageArray(np.load(vaes / "images.npz")["arr_0"], "images")
+    expected = measure_reconstruction(vae, source, CPU)
+    assert {key: found["results"]["after"][key] for key in expected} == pytest.approx(expected, rel=1e-6)
+    assert found["results"]["after"]["rfd_encoder-mean-tokens"] > 0
+    assert Image.open(vaes / "after-reconstruction.png").size == (8 * 96, 7 * (20 + 96))
+    assert "before (24 images)" in capsys.readouterr().out
+
+
+def test_script_takes_an_even_selection(vaes):
+    assert reconstruct(vaes, "--max-images", 10, "--num-picture", 0)["count"] == 10
+
+
+def test_images_that_a_vae_cannot_take_are_refused(vaes, capsys):
+    samples_file(vaes / "odd.npz", 8, 18, 0)
+    with pytest.raises(SystemExit) as leaving:
+        reconstruct(vaes, "--data-dir", vaes / "odd.npz")
+    assert leaving.value.code == 2
+    assert "--data-dir: " in (line := capsys.readouterr().err) and "18 x 18 images; multiples of 4, 11 at least" in line

@@ -1,8 +1,7 @@
 """generate.py: sample i depends on (seed, i) alone, a killed job goes on, and what was done is on record."""
 
 import json
-import subprocess
-import sys
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,25 +15,10 @@ from sampling import generation, labels
 from sampling.store import SampleStore
 from tests.support import small
 from tests.support.evaluation_data import encoder_folder, samples_file
-from tests.support.sampling import (
-    BATCH,
-    CLASSES,
-    COUNT,
-    SIDE,
-    difference,
-    draw,
-    flags,
-    record_calls,
-    refused,
-    write_runs,
-)
+from tests.support.forks import Fork
+from tests.support.sampling import BATCH, CLASSES, COUNT, SIDE, difference, draw, flags, record_calls, refused
 from utils.files import sha256
 from utils.rng import sample_labels
-
-
-@pytest.fixture(scope="module")
-def exps(tmp_path_factory):
-    return write_runs(tmp_path_factory.mktemp("exps"))
 
 
 @pytest.fixture(scope="module")
@@ -106,35 +90,15 @@ def elsewhere(exps, tmp_path_factory):
     folder = tmp_path_factory.mktemp("elsewhere")
     reference, encoder = samples_file(folder / "reference.npz", 40, SIDE, 1), encoder_folder(folder / "vit", SIDE)
     measured = dict(evaluate=reference, features=encoder)
-    commands = {
-        "two": (
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
-            "generate.py",
-            *flags(exps, folder / "two", mode="sde", **measured),
-        ),
-        "killed": ("tests/support/workers/killed_sampler.py", *flags(exps, folder / "killed", mode="sde")),
-    }
-    started = {
-        name: subprocess.Popen(
-            [sys.executable, *map(str, words)],
-            cwd=small.ROOT,
-            text=True,
-            env=small.environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for name, words in commands.items()
-    }
-    ended = {name: (*process.communicate(timeout=240), process.returncode) for name, process in started.items()}
+    killed = Fork("tests/support/workers/killed_sampler.py", *flags(exps, folder / "killed", mode="sde"))
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    two = small.run_python(*launch, "generate.py", *flags(exps, folder / "two", mode="sde", **measured))
+    ended = {"two": two, "killed": killed.wait()}
     return SimpleNamespace(folder=folder, measured=measured, ended=ended)
 
 
 def test_two_processes_give_the_same_file(whole, elsewhere):
-    _, errors, code = elsewhere.ended["two"]
-    assert code == 0, errors
+    assert elsewhere.ended["two"].returncode == 0, elsewhere.ended["two"].stderr
     two = elsewhere.folder / "two" / whole.npz.name
     assert two.read_bytes() == whole.npz.read_bytes()
     assert two.with_suffix(".png").read_bytes() == whole.npz.with_suffix(".png").read_bytes()
@@ -142,7 +106,7 @@ def test_two_processes_give_the_same_file(whole, elsewhere):
 
 
 def test_a_killed_job_goes_on_and_gives_the_same_file(exps, whole, elsewhere, draws):
-    assert elsewhere.ended["killed"][2] == -9, elsewhere.ended["killed"][1]
+    assert elsewhere.ended["killed"].returncode == -signal.SIGKILL, elsewhere.ended["killed"].stderr
     folder = elsewhere.folder / "killed"
     name = whole.npz.stem
     assert sorted(path.name for path in folder.iterdir()) == [

@@ -9,29 +9,10 @@ from PIL import Image
 
 import generate
 from sampling import generation
-from sampling.generation import SamplerConfig, decode_latents, preview, sample_latents
+from sampling.generation import decode_latents
 from sampling.trained import load_trained
 from tests.support.evaluation_data import samples_file
-from tests.support.sampling import (
-    BATCH,
-    CLASSES,
-    COUNT,
-    SIDE,
-    difference,
-    draw,
-    flags,
-    record_calls,
-    refused,
-    write_runs,
-)
-from utils.errors import InputError
-from utils.files import sha256
-
-
-@pytest.fixture(scope="module")
-def exps(tmp_path_factory):
-    return write_runs(tmp_path_factory.mktemp("exps"))
-
+from tests.support.sampling import BATCH, COUNT, SIDE, difference, draw, flags, record_calls, refused
 
 # Options
 
@@ -123,23 +104,6 @@ def test_trajectory_leads_from_the_noise_to_the_sample(exps, tmp_path, options, 
             assert distances == sorted(distances, reverse=True)
 
 
-def test_heun_trajectory_shows_states_not_predictions(exps):
-    """The second frame is Heun's first step, done by hand, and not its Euler prediction."""
-    trained = load_trained(exps / "repae")
-    labels, config = torch.arange(4), SamplerConfig(heun=True, num_steps=4, guidance_scale=1.5)
-    frames = generation.trajectory(trained.sit, trained.vae, trained.latent_stats, range(4), labels, 0, config, shown=4)
-    noise = generation.sample_normal(0, "noise", range(4), (4, 6, 6)).double()
-
-    def guided(x, t):
-        both = [trained.sit(x.float(), torch.full((4,), t), y)[0].double() for y in (labels, torch.full((4,), CLASSES))]
-        return both[1] + 1.5 * (both[0] - both[1])
-
-    slope = guided(noise, 1.0)
-    state = noise - 0.25 * (slope + guided(noise - 0.25 * slope, 0.75)) / 2
-    expected = decode_latents(trained.vae, state, *trained.latent_stats)
-    assert difference(frames[:, 1].numpy(), expected.numpy()).max() <= 1
-
-
 def test_default_name_is_the_contracts():
     args = generate.generate_parser().parse_args(["--exp-path", "exps/my-run"])
     assert generate.output_name(args, SimpleNamespace(name="my-run", step=400000)) == "my-run_0400000_cfg1.5-0.0-1.0"
@@ -162,53 +126,6 @@ def test_a_public_checkpoint_needs_no_encoder(exps, tmp_path, monkeypatch):
     """Namespace args, LDM keys, no architecture of the VAE: the samples are those of the same weights in our form."""
     monkeypatch.setattr("timm.create_model", lambda *_, **__: pytest.fail("a network of timm was made"))
     assert np.array_equal(draw(exps, tmp_path / "a", "public").images, draw(exps, tmp_path / "b").images)
-
-
-def test_ldm_only_takes_the_statistics_stored_with_its_vae(exps, tmp_path):
-    trained = load_trained(exps / "ldm")
-    stored = torch.load(exps / "vae" / "vae-latents-stats.pt")
-    assert torch.equal(trained.latent_stats[0], stored["latents_scale"])
-    assert torch.equal(trained.latent_stats[1], stored["latents_bias"])
-    bare = tmp_path / "bare.pt"
-    bare.write_bytes((exps / "vae" / "vae.pt").read_bytes())
-    scale, bias = load_trained(exps / "ldm", vae_ckpt=str(bare)).latent_stats  # then those of the frozen normaliser
-    torch.testing.assert_close(scale, torch.full((1, 4, 1, 1), 0.5))
-    torch.testing.assert_close(bias, torch.full((1, 4, 1, 1), 0.3))
-    job = draw(exps, tmp_path / "s", "ldm", vae_ckpt=bare)
-    assert job.record["sha256"]["vae"] == sha256(bare) and job.npz.stem.endswith("vae-bare")
-    joint = draw(exps, tmp_path / "b")
-    assert np.array_equal(job.images, joint.images)  # the same networks and statistics
-
-
-def test_repae_takes_the_statistics_of_the_average(exps, tmp_path):
-    contents = torch.load(exps / "repae" / "checkpoints" / "0000007.pt")
-    contents["ema"]["bn.running_mean"] += 1
-    (tmp_path / "checkpoints").mkdir()
-    torch.save(contents, tmp_path / "checkpoints" / "0000009.pt")
-    for ema in (True, False):
-        scale, bias = load_trained(tmp_path, ema=ema).latent_stats
-        torch.testing.assert_close(bias, torch.full((1, 4, 1, 1), 1.3))
-        torch.testing.assert_close(scale, torch.full((1, 4, 1, 1), 0.5))
-
-
-# Previews while training
-
-
-def test_previews_are_the_same_for_any_number_of_processes(exps, monkeypatch):
-    trained, config = load_trained(exps / "repae"), SamplerConfig(num_steps=2, guidance_scale=4.0)
-    networks = (trained.sit, trained.vae, trained.latent_stats)
-    state = torch.get_rng_state(), np.random.get_state()[1].copy()
-    images = preview(*networks, 20, 5, config)
-    assert torch.equal(state[0], torch.get_rng_state()) and np.array_equal(state[1], np.random.get_state()[1])
-    assert images.shape == (20, 3, SIDE, SIDE) and images.dtype == torch.uint8
-
-    labels = torch.arange(8) * CLASSES // 20  # the classes are spread evenly
-    first = decode_latents(*networks[1:2], sample_latents(trained.sit, range(8), labels, 5, config), *networks[2])
-    assert torch.equal(images[:8], first)
-    for world_size in (2, 4):
-        shares = [preview(*networks, 20, 5, config, rank=rank, world_size=world_size) for rank in range(world_size)]
-        numbers = torch.tensor([i for rank in range(world_size) for i in range(20) if i // 8 % world_size == rank])
-        assert torch.equal(torch.cat(shares)[numbers.argsort()], images)
 
 
 # Bad input
@@ -289,16 +206,3 @@ def test_samples_that_are_not_finite(exps, tmp_path, capsys):
         generate.main(flags(tmp_path, tmp_path / "s", "exp"))
     assert "0000009.pt gives samples that are not finite" in capsys.readouterr().err.splitlines()[-1]
     assert not list((tmp_path / "s").glob("*.npz"))
-
-
-def test_weights_of_another_kind(exps, tmp_path):
-    (tmp_path / "args.json").write_text("[1]")
-    (tmp_path / "checkpoints").mkdir()
-    contents = torch.load(exps / "repae" / "checkpoints" / "0000007.pt")
-    torch.save(contents, tmp_path / "checkpoints" / "0000001.pt")
-    with pytest.raises(InputError, match=r"args\.json holds no JSON object"):
-        load_trained(tmp_path)
-    (tmp_path / "args.json").unlink()
-    torch.save(contents | {"ema": {}}, tmp_path / "checkpoints" / "0000001.pt")
-    with pytest.raises(InputError, match=r"0000001\.pt holds no SiT that this code knows"):
-        load_trained(tmp_path)

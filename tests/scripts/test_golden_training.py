@@ -11,7 +11,6 @@ import train_ldm_only
 import train_repae
 from loss.adversarial import DiscriminatorLoss
 from loss.config import VAELossConfig
-from loss.perceptual import load_lpips
 from loss.vae import VAELoss
 from models.discriminator import PatchDiscriminator
 from models.interpolant import Noising
@@ -19,7 +18,7 @@ from models.sit import SiT
 from models.vae import TrainableVAE, build_vae
 from models.vae_keys import from_ldm, ldm_parameters, to_ldm
 from tests.golden.fill import subsample
-from tests.support.golden_data import close, filled, filled_vgg16, load
+from tests.support.golden_data import close, filled, load
 from training.ema import update_ema
 from training.optimizer import Optimizer
 
@@ -127,13 +126,6 @@ def check_samples(layout, expected, key_biases, before, after, rate):
     assert np.mean(within) >= 0.9
 
 
-@pytest.fixture(scope="module")
-def lpips_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("lpips") / "vgg16.pth"
-    torch.save(filled_vgg16(), path)
-    return path
-
-
 REPAE_LOG_TOLERANCES = {
     "traj_repae_f8d4_lowlr": lambda step, name: [
         (1e-4, 1e-6),
@@ -146,7 +138,7 @@ REPAE_LOG_TOLERANCES = {
 
 
 @pytest.mark.parametrize("name", REPAE_LOG_TOLERANCES)
-def test_repae(name, lpips_file):
+def test_repae(name, lpips):
     arrays, meta = load(name)
     lowlr = name.endswith("lowlr")
     config = VAELossConfig()
@@ -166,7 +158,7 @@ def test_repae(name, lpips_file):
         vae_ddp=trainable,
         discriminator=discriminator.train(),
         discriminator_ddp=discriminator,
-        vae_loss=VAELoss(config, load_lpips(lpips_file)),
+        vae_loss=VAELoss(config, lpips),
         discriminator_loss=DiscriminatorLoss(config),
         latent_shape=arrays["in.noises"].shape[2:],
         encoders=[lambda images, key=key: torch.from_numpy(arrays[key][now.step]) for key in targets],

@@ -17,11 +17,9 @@ from models.discriminator import PatchDiscriminator
 from models.sit import SiT
 from models.vae import TrainableVAE, build_vae
 from models.vae_keys import ldm_parameters, to_ldm
-from tests.scripts.test_training import assert_same
 from tests.support import small
 from tests.support.golden_data import GOLDEN
 from training.optimizer import Optimizer
-from utils.checkpoint import write_checkpoint
 
 OURS = {"format", "vae_config", "scalers", "loss_buffers", "param_names"}  # entries that public files lack
 
@@ -74,7 +72,7 @@ def test_a_public_repae_run_goes_on(runs, place, tmp_path):
     train_repae.main(arguments)
     actual, expected = small.checkpoint(tmp_path, "run", 4), small.checkpoint(runs, "repae", 4)
     assert actual.pop("args") and expected.pop("args")
-    assert_same(actual, expected)
+    small.assert_same(actual, expected)
 
 
 def test_a_public_ldm_only_run_goes_on(runs, place, tmp_path):
@@ -86,7 +84,7 @@ def test_a_public_ldm_only_run_goes_on(runs, place, tmp_path):
     )
     actual, expected = small.checkpoint(tmp_path, "run", 4), small.checkpoint(runs, "ldm", 4)
     assert actual.pop("args") and expected.pop("args")
-    assert_same(actual, expected)
+    small.assert_same(actual, expected)
 
 
 @pytest.mark.parametrize("kind", ["repae", "ldm"])
@@ -116,7 +114,7 @@ def test_the_vae_of_a_public_checkpoint(runs, tmp_path):
     names = sorted(path.name for path in ours.iterdir())
     assert names == ["diffusers", "e2e-discriminator-ckpt.pt", "e2e-latents-stats.pt", "e2e.pt"]
     for name in names[1:]:
-        assert_same(torch.load(public / name), torch.load(ours / name))
+        small.assert_same(torch.load(public / name), torch.load(ours / name))
 
 
 # Ours beside the golden structure
@@ -198,21 +196,3 @@ def test_the_arguments_hold_every_public_field(runs):
         assert type(saved["args"]) is dict
         assert set(described(structure)["args_fields"]) <= saved["args"].keys()
     assert train_vae.CHECKPOINT_ENTRIES == ("vae", "discriminator", "opt_vae", "opt_disc", "steps")
-
-
-def test_moments_follow_their_names(tmp_path):
-    """A checkpoint whose parameters are listed in another order gives each parameter its own moments."""
-    parameters = [(name, torch.nn.Parameter(torch.ones(3))) for name in "abc"]
-    optimizer = Optimizer(
-        parameters, lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, max_grad_norm=9.0, scale_loss=False
-    )
-    optimizer.backward(sum(weight * p.sum() for weight, (_, p) in enumerate(parameters, start=1)))
-    optimizer.step()
-    write_checkpoint(tmp_path / "1.pt", {"opt": optimizer.state_dict()})
-    saved = torch.load(tmp_path / "1.pt")["opt"]
-    turned = Optimizer(
-        parameters[::-1], lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, max_grad_norm=9.0, scale_loss=False
-    )
-    turned.load_state_dict(saved, optimizer.names, "1.pt: opt")
-    moments = [turned.state_dict()["state"][index]["exp_avg"][0].item() for index in range(3)]
-    assert moments == pytest.approx([0.3, 0.2, 0.1])

@@ -58,15 +58,20 @@ def public_checkpoint(name: str, depth: int | None = 2) -> dict:
         name: a key of `ENCODERS`.
         depth: 2, or None for the real depth.
     """
-    entry = manifest()[name]
-    keys = entry["keys_full"] if depth is None else entry["keys_depth2"]
-    state = {key: fill(key, shape) for key, shape in (keys | entry["distractor_keys"]).items()}
+    state = dict(_public_state(name, depth))
     if name == "jepa-vit-h":
-        rest = dict.fromkeys(JEPA_REST, 0)
-        return {"encoder": state, "target_encoder": {key: torch.zeros(()).expand(s) for key, s in keys.items()}, **rest}
-    for wrapper in entry["wrap"]:
+        context = {key: torch.zeros(()).expand(tensor.shape) for key, tensor in state.items()}
+        return {"encoder": state, "target_encoder": context, **dict.fromkeys(JEPA_REST, 0)}
+    for wrapper in manifest()[name]["wrap"]:
         state = {wrapper: state}
     return state | MOCOV3_REST if name.startswith("mocov3") else state
+
+
+@functools.lru_cache(maxsize=1)  # a test at one resolution is followed by that at the other
+def _public_state(name: str, depth: int | None) -> dict[str, Tensor]:
+    entry = manifest()[name]
+    keys = entry["keys_full"] if depth is None else entry["keys_depth2"]
+    return {key: fill(key, shape) for key, shape in (keys | entry["distractor_keys"]).items()}
 
 
 def write_public_file(name: str, folder: Path, checkpoint: dict | None = None) -> Path:
@@ -104,11 +109,16 @@ def use_small_encoders(monkeypatch, depth: int = 2) -> None:
 
     def load_network(spec, resolution, checkpoint=None):
         network = encoders.build(spec, resolution, depth).to_empty(device="cpu")
-        state = {key: fill(key, tensor.shape) for key, tensor in network.state_dict().items()}
-        network.load_state_dict(state)
+        shapes = tuple((key, tuple(tensor.shape)) for key, tensor in network.state_dict().items())
+        network.load_state_dict(_filled(shapes))
         return network
 
     monkeypatch.setattr(encoders, "load_network", load_network)
+
+
+@functools.lru_cache(maxsize=2)  # the two encoders of one test, for the script that runs second
+def _filled(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> dict[str, Tensor]:
+    return {key: fill(key, shape) for key, shape in shapes}
 
 
 def refusal(call, *needles) -> None:

@@ -1,8 +1,12 @@
 """Files that the tests of evaluation share: seeded Inception weights, sets of images, a small encoder."""
 
+import contextlib
+import functools
 import json
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import timm
@@ -10,7 +14,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from dataset.image_sources import ImageArray
+from evaluation.evaluator import FeatureSet, extract
 from evaluation.inception import Inception
+from models.vae import build_vae, vae_models
+from sampling.generation import SamplerConfig
 from tests.support.golden_data import GOLDEN
 
 SEED = json.loads((GOLDEN / "evaluation/expected.json").read_text())["seed"]
@@ -87,3 +95,25 @@ class TinyInception(nn.Module):
 
     def probabilities(self, pool):
         return pool.softmax(1)
+
+
+@contextlib.contextmanager
+def few_sampling_steps() -> Iterator[None]:
+    """Online evaluations and previews take 3 steps instead of 50: what they promise holds for any number."""
+    with contextlib.ExitStack() as stack:
+        for module in ("evaluation.online", "train_repae", "train_ldm_only"):
+            stack.enter_context(mock.patch(f"{module}.SamplerConfig", functools.partial(SamplerConfig, num_steps=3)))
+        yield
+
+
+def small_vae(seed: int = 0) -> nn.Module:
+    """A small VAE to reconstruct with; its weights are those of the seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        vae = build_vae(vae_models["f4d4-tiny"] | {"block_out_channels": [32, 64, 64]})
+    return vae.eval().requires_grad_(False)
+
+
+def feature_set(images: np.ndarray, network: nn.Module, batch_size: int = 32) -> FeatureSet:
+    """The features of uint8 (N, H, W, 3) images."""
+    return extract(ImageArray(images, "array"), network, torch.device("cpu"), batch_size=batch_size)

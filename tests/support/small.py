@@ -179,6 +179,23 @@ def metrics(output: Path, name: str) -> list[dict]:
     return [{key: value for key, value in row.items() if key != "images_per_second"} for row in rows]
 
 
+def assert_same(actual, expected, where: str = "checkpoint") -> None:
+    """Nested dicts, lists and tensors are equal bit for bit."""
+    assert type(actual) is type(expected), where
+    if isinstance(expected, dict):
+        assert list(actual) == list(expected), where
+        for key in expected:
+            assert_same(actual[key], expected[key], f"{where}: {key}")
+    elif isinstance(expected, list | tuple):
+        assert len(actual) == len(expected), where
+        for i, (one, other) in enumerate(zip(actual, expected, strict=True)):
+            assert_same(one, other, f"{where}: {i}")
+    elif isinstance(expected, torch.Tensor):
+        assert actual.dtype == expected.dtype and torch.equal(actual, expected), where
+    else:
+        assert actual == expected, where
+
+
 def environment(**more: str) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | more
 

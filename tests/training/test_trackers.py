@@ -55,7 +55,7 @@ def open_one(tmp_path):
     return trackers.open_trackers(Namespace(report_to="wandb", logging_dir="logs", exp_name="run", seed=3), tmp_path)
 
 
-def test_without_a_key_it_runs_offline_and_says_where(wandb, place, tmp_path, monkeypatch):
+def test_without_a_key_it_runs_offline_and_says_where(wandb, place, tmp_path, monkeypatch, few_steps):
     monkeypatch.setattr("wandb.login", lambda prompt: prompt)
     options = dict(
         report_to="wandb",

@@ -11,13 +11,14 @@ import io
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 
 from dataset.image_sources import ImageArray
 from evaluation.evaluator import compare, extract
 from models.sit import LatentNorm
-from tests.support.evaluation_data import TinyInception, random_images
+from tests.support.evaluation_data import TinyInception, few_sampling_steps, random_images
 from tests.support.workers.recorder import recording
 from utils.distributed import rank, start_processes, world_size
 
@@ -26,7 +27,7 @@ def run_job(script: str, argv: list[str]) -> dict:
     """The record of one script, with its exit code and its stderr."""
     module = importlib.import_module(script)  # before stderr is replaced: imports may keep it
     stderr, code = io.StringIO(), 0
-    with recording() as record, contextlib.redirect_stderr(stderr):
+    with recording() as record, few_sampling_steps(), contextlib.redirect_stderr(stderr):
         try:
             module.main(argv)
         except SystemExit as leaving:
@@ -62,6 +63,8 @@ if __name__ == "__main__":
     out, me = Path(sys.argv[1]), rank()
     # 90 images are five batches, the last one short; 15 are one, so that process 1 has none.
     results = {"normaliser": normalise(latents()), "evaluation": {n: evaluate_images(n) for n in (90, 15)}}
-    for job, command in json.loads((out / "jobs.json").read_text()).items():
-        results[job] = run_job(*command)
+    *jobs, (last, command) = json.loads((out / "jobs.json").read_text()).items()
+    with mock.patch("torch.distributed.destroy_process_group"):  # what each would end is needed by the next
+        results |= {job: run_job(*words) for job, words in jobs}
+    results[last] = run_job(*command)
     torch.save(results, out / f"{me}.pt")

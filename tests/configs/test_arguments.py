@@ -1,0 +1,118 @@
+"""Every flag and command of the public release, and what a wrong flag gets."""
+
+import argparse
+import re
+import shlex
+
+import pytest
+
+from configs import arguments, options
+from models.encoders import parse_encoder_list
+from tests.support import small
+from tests.support.golden_data import GOLDEN
+
+REFERENCE = (GOLDEN / "reference_cli.md").read_text()  # the flags and commands of the public release
+
+
+README = (small.ROOT / "README.md").read_text()
+
+
+def reference_flags() -> list[tuple[str, str, str, str, str]]:
+    """(script, flag, type, default, choices) of every row of the tables."""
+    rows = []
+    for section in REFERENCE.split("\n## ")[1:]:
+        script = section.splitlines()[0]
+        cells = re.findall(r"^\| `(--\S+)` \| (.+?) \| (.+?) \| (.*?) \|$", section, re.M)
+        rows += [(script, *row) for row in cells]
+    return rows
+
+
+def commands(text: str) -> list[tuple[str, list[str]]]:
+    """(script, its arguments) of every command in the code blocks of a Markdown text."""
+    found = []
+    for block in re.findall(r"```bash\n(.*?)```", text, re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            scripts = [word for word in words if word in options.PARSERS]
+            if scripts:
+                found.append((scripts[0], words[words.index(scripts[0]) + 1 :]))
+    return found
+
+
+def actions(script: str) -> dict[str, argparse.Action]:
+    return {flag: action for action in options.PARSERS[script]()._actions for flag in action.option_strings}
+
+
+def test_the_tables_are_read_whole():
+    assert len(reference_flags()) == REFERENCE.count("\n| `--") == 113
+    assert {script for script, *_ in reference_flags()} == options.PARSERS.keys() - {"train_vae.py", "evaluate.py"}
+    assert len(commands(REFERENCE)) == 6
+
+
+@pytest.mark.parametrize(("script", "flag", "kind", "default", "choices"), reference_flags())
+def test_every_public_flag(script, flag, kind, default, choices):
+    action = actions(script)[flag]
+    if default == "required":
+        assert action.required
+    elif flag == "--compile":
+        assert action.default is None  # on where there is CUDA
+    else:
+        expected = {"True": True, "False": False, "None": None}.get(default, default.strip("'"))
+        assert action.default == (expected if kind in ("str", "on/off") else _number(expected))
+    if kind == "on/off":
+        assert isinstance(action, argparse.BooleanOptionalAction)
+    elif not action.choices:
+        text, value = {"str": ("x", "x"), "int": ("7", 7), "float": ("1.0", 1.0)}[kind]
+        assert (action.type or str)(text) == value
+    if choices.startswith("[") and flag != "--resolution":  # 256 alone in the public release, here any
+        assert set(re.findall(r"'(\w+)'", choices)) <= set(action.choices)
+    if choices == "every SiT name":
+        names = {f"SiT-{size}/{patch}" for size in ("S", "B", "L", "XL") for patch in (1, 2, 4, 8)}
+        assert names <= set(action.choices) and "--models" in action.option_strings
+
+
+def _number(text):
+    return text if text is None else float(text)
+
+
+def test_every_public_encoder_name():
+    names = re.search(r"`--enc-type`: (.*?);", REFERENCE)[1].split(", ")
+    assert len(names) == 9 and [name for name, _ in parse_encoder_list(",".join(names))] == names
+
+
+@pytest.mark.parametrize(("script", "words"), commands(REFERENCE))
+def test_every_public_command_parses(script, words):
+    args = options.PARSERS[script]().parse_args(words)
+    for flag, value in (word.split("=", 1) for word in words if word.startswith("--") and "=" in word):
+        assert str(getattr(args, flag[2:].replace("-", "_"))) in (value, str(_try_number(value)))
+
+
+def _try_number(text: str):
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def test_the_public_commands_are_in_the_readme():
+    assert {str(command) for command in commands(REFERENCE)} <= {str(command) for command in commands(README)}
+
+
+def test_every_flag_has_a_meaning():
+    for script in options.PARSERS:
+        for flag, action in actions(script).items():
+            assert action.help and len(action.help) > 5, (script, flag)
+
+
+@pytest.mark.parametrize("parser", options.PARSERS.values(), ids=options.PARSERS)
+def test_a_mistyped_flag_is_one_line(parser, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        parser().parse_args(["--modle", "x"])
+    assert leaving.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_number_out_of_range_is_refused(capsys):
+    for flag, value in (("--batch-size", "0"), ("--learning-rate", "nan"), ("--cfg-prob", "-1"), ("--seed", "1.5")):
+        with pytest.raises(SystemExit):
+            arguments.repae_parser().parse_args(["--exp-name", "x", flag, value])
+        assert f"{flag}: '{value}' was given" in capsys.readouterr().err

@@ -1,0 +1,43 @@
+"""Trajectories and previews: which states they show, and the same for any number of processes."""
+
+import numpy as np
+import torch
+
+from sampling import generation
+from sampling.generation import SamplerConfig, decode_latents, preview, sample_latents
+from sampling.trained import load_trained
+from tests.support.sampling import CLASSES, SIDE, difference
+
+
+def test_heun_trajectory_shows_states_not_predictions(exps):
+    """The second frame is Heun's first step, done by hand, and not its Euler prediction."""
+    trained = load_trained(exps / "repae")
+    labels, config = torch.arange(4), SamplerConfig(heun=True, num_steps=4, guidance_scale=1.5)
+    frames = generation.trajectory(trained.sit, trained.vae, trained.latent_stats, range(4), labels, 0, config, shown=4)
+    noise = generation.sample_normal(0, "noise", range(4), (4, 6, 6)).double()
+
+    def guided(x, t):
+        both = [trained.sit(x.float(), torch.full((4,), t), y)[0].double() for y in (labels, torch.full((4,), CLASSES))]
+        return both[1] + 1.5 * (both[0] - both[1])
+
+    slope = guided(noise, 1.0)
+    state = noise - 0.25 * (slope + guided(noise - 0.25 * slope, 0.75)) / 2
+    expected = decode_latents(trained.vae, state, *trained.latent_stats)
+    assert difference(frames[:, 1].numpy(), expected.numpy()).max() <= 1
+
+
+def test_previews_are_the_same_for_any_number_of_processes(exps, monkeypatch):
+    trained, config = load_trained(exps / "repae"), SamplerConfig(num_steps=2, guidance_scale=4.0)
+    networks = (trained.sit, trained.vae, trained.latent_stats)
+    state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    images = preview(*networks, 20, 5, config)
+    assert torch.equal(state[0], torch.get_rng_state()) and np.array_equal(state[1], np.random.get_state()[1])
+    assert images.shape == (20, 3, SIDE, SIDE) and images.dtype == torch.uint8
+
+    labels = torch.arange(8) * CLASSES // 20  # the classes are spread evenly
+    first = decode_latents(*networks[1:2], sample_latents(trained.sit, range(8), labels, 5, config), *networks[2])
+    assert torch.equal(images[:8], first)
+    for world_size in (2, 4):
+        shares = [preview(*networks, 20, 5, config, rank=rank, world_size=world_size) for rank in range(world_size)]
+        numbers = torch.tensor([i for rank in range(world_size) for i in range(20) if i // 8 % world_size == rank])
+        assert torch.equal(torch.cat(shares)[numbers.argsort()], images)

@@ -1,0 +1,36 @@
+"""The optimiser: clipping, and moments that follow the names of their parameters."""
+
+import pytest
+import torch
+
+from training.optimizer import Optimizer
+from utils.checkpoint import write_checkpoint
+
+
+def test_clipping_and_the_norm_that_is_reported():
+    parameter = torch.nn.Parameter(torch.zeros(4))
+    optimizer = Optimizer(
+        [("p", parameter)], lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, max_grad_norm=1.0, scale_loss=False
+    )
+    optimizer.backward((torch.tensor([3.0, 0.0, 4.0, 0.0]) * parameter).sum())
+    assert optimizer.step() == 5 and parameter.grad is None
+    moment = optimizer.state_dict()["state"][0]["exp_avg"]  # a tenth of the clipped gradient
+    torch.testing.assert_close(moment, torch.tensor([0.06, 0.0, 0.08, 0.0]))
+
+
+def test_moments_follow_their_names(tmp_path):
+    """A checkpoint whose parameters are listed in another order gives each parameter its own moments."""
+    parameters = [(name, torch.nn.Parameter(torch.ones(3))) for name in "abc"]
+    optimizer = Optimizer(
+        parameters, lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, max_grad_norm=9.0, scale_loss=False
+    )
+    optimizer.backward(sum(weight * p.sum() for weight, (_, p) in enumerate(parameters, start=1)))
+    optimizer.step()
+    write_checkpoint(tmp_path / "1.pt", {"opt": optimizer.state_dict()})
+    saved = torch.load(tmp_path / "1.pt")["opt"]
+    turned = Optimizer(
+        parameters[::-1], lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, max_grad_norm=9.0, scale_loss=False
+    )
+    turned.load_state_dict(saved, optimizer.names, "1.pt: opt")
+    moments = [turned.state_dict()["state"][index]["exp_avg"][0].item() for index in range(3)]
+    assert moments == pytest.approx([0.3, 0.2, 0.1])

@@ -1,0 +1,38 @@
+"""What ends a job: one line for what a user can mend, a traceback for our own faults."""
+
+import errno
+
+import pytest
+import torch
+
+from utils.errors import command
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "x.npy"), "stopped: x.npy: No space left on device"),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), "stopped: x: Permission denied"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory.\nTried"),
+            "a smaller batch needs less (CUDA out of memory. Tried)",
+        ),
+    ],
+)
+def test_what_stops_a_job_on_its_way_is_one_line(error, said, capsys):
+    def main(argv):
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        command(main)()
+    line = capsys.readouterr().err
+    assert stopped.value.code == 1 and said in line and line.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), FileNotFoundError(errno.ENOENT, "No such file", "x")])
+def test_our_own_faults_keep_their_traceback(error):
+    def main(argv):
+        raise error
+
+    with pytest.raises(type(error)):
+        command(main)()
