@@ -101,7 +101,7 @@ class TinyInception(nn.Module):
 def few_sampling_steps() -> Iterator[None]:
     """Online evaluations and previews take 3 steps instead of 50: what they promise holds for any number."""
     with contextlib.ExitStack() as stack:
-        for module in ("evaluation.online", "train_repae", "train_ldm_only"):
+        for module in ("evaluation.online", "sampling.generation"):
             stack.enter_context(mock.patch(f"{module}.SamplerConfig", functools.partial(SamplerConfig, num_steps=3)))
         yield
 
