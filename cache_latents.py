@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from dataset.data import ImageData
 from dataset.latent_cache import LatentCache
-from models.vae import downsampling, encode_moments, latent_statistics, load_vae, to_mean_std, vae_config
+from models.posterior import encode_moments, to_mean_std
+from models.vae import downsampling, latent_statistics, load_vae, vae_config
 from models.vae_files import vae_sha256
 from utils.distributed import main_first, start_processes
 from utils.errors import InputError, about, command

@@ -34,15 +34,9 @@ from loss.velocity import velocity_loss
 from models.discriminator import PatchDiscriminator, load_discriminator, require_resolution
 from models.encoders import Encoder, load_encoders, resize_tokens, resizing_notes
 from models.interpolant import Noising, interpolate
+from models.posterior import TrainableVAE, measure_latent_statistics
 from models.sit import SiT, build_sit
-from models.vae import (
-    TrainableVAE,
-    latent_shape,
-    latent_statistics,
-    load_vae,
-    measure_latent_statistics,
-    vae_config,
-)
+from models.vae import latent_shape, latent_statistics, load_vae, vae_config
 from models.vae_files import vae_of_checkpoint
 from models.vae_keys import ldm_parameters, to_ldm
 from sampling.generation import preview, preview_sampler, reconstruction_pairs

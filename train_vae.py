@@ -29,7 +29,8 @@ from loss.config import read_loss_config
 from loss.perceptual import load_lpips
 from loss.vae import VAELoss
 from models.discriminator import PatchDiscriminator, load_discriminator, require_resolution
-from models.vae import TrainableVAE, build_vae, latent_shape, load_vae, measure_latent_statistics, vae_config
+from models.posterior import TrainableVAE, measure_latent_statistics
+from models.vae import build_vae, latent_shape, load_vae, vae_config
 from models.vae_files import require_new_vae_files, save_vae_files, vae_of_checkpoint
 from models.vae_keys import ldm_parameters, to_ldm
 from sampling.generation import reconstruction_pairs

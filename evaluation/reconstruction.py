@@ -17,7 +17,8 @@ from dataset.image_sources import Source, read_batches
 from evaluation.evaluator import NOTHING, FeatureSet, FeatureStream, warn_if_few
 from evaluation.features import exact_float32
 from evaluation.metrics import frechet_distance, psnr, ssim
-from models.vae import decode, downsampling, encode_moments, split_moments
+from models.posterior import decode, encode_moments, split_moments
+from models.vae import downsampling
 from utils.distributed import gather_rows, rank, together, world_size
 from utils.errors import InputError
 from utils.images import image_grid, to_signed, to_uint8

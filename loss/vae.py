@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from loss.adversarial import adversarial_factor
 from loss.config import VAELossConfig
-from models.vae import kl
+from models.posterior import kl
 
 
 class VAELoss:

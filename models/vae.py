@@ -1,9 +1,6 @@
-"""The VAE: `diffusers.AutoencoderKL` in the public shapes, loaded from every public form of file; its posterior.
+"""The VAE: `diffusers.AutoencoderKL` in the public shapes, loaded strictly from every public form of file.
 
-    images uint8 (B, 3, H, W) -> pixels float [-1, 1] -> moments (B, 2C, h, w) -> z (B, C, h, w) -> pixels
-
-`moments` are mean and log-variance stacked on channels, the latter clamped as in the public code; C is
-`vae.config.latent_channels` and H / h is `downsampling(vae)`.
+C below is `vae.config.latent_channels`, and H / h is `downsampling(vae)`.
 """
 
 import json
@@ -15,18 +12,13 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 from diffusers.utils import logging as diffusers_logging
-from torch import Tensor, nn
+from torch import Tensor
 
-from dataset.data import evenly_spaced
-from dataset.latents import LatentStatistics
 from models.vae_keys import diffusers_shape, infer_config, key_pairs
 from utils.errors import InputError, about
-from utils.images import to_signed
 from utils.torch_files import read_torch_file
 
 logger = logging.getLogger(__name__)
-
-LOGVAR_RANGE = (-30.0, 20.0)  # of the public DiagonalGaussianDistribution
 
 # f8d4 is the shape of SD-VAE; f16d32 that of VA-VAE and IN-VAE; f4d4-tiny is ours, for small images and laptops.
 vae_models: dict[str, dict] = {
@@ -255,77 +247,6 @@ def _from_pretrained(folder: Path) -> AutoencoderKL:
     return vae.eval()
 
 
-# The posterior q(z | x) = N(mean, exp(logvar))
-
-
-def encode_moments(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
-    """Posterior moments of pixels [-1, 1] (B, 3, H, W): float32 (B, 2C, h, w), log-variance clamped."""
-    hidden = vae.encoder(pixels)
-    if vae.quant_conv is not None:
-        hidden = vae.quant_conv(hidden)
-    mean, logvar = hidden.float().chunk(2, dim=1)
-    return torch.cat([mean, logvar.clamp(*LOGVAR_RANGE)], dim=1)
-
-
-def split_moments(moments: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, 2C, h, w) -> mean and log-variance, each (B, C, h, w)."""
-    return moments.chunk(2, dim=1)
-
-
-def to_mean_std(moments: Tensor) -> Tensor:
-    """Moments (B, 2C, h, w) with the log-variance replaced by the standard deviation: the form that is cached."""
-    mean, logvar = split_moments(moments)
-    return torch.cat([mean, torch.exp(0.5 * logvar)], dim=1)
-
-
-def sample(moments: Tensor, eps: Tensor) -> Tensor:
-    """z = mean + std * eps with eps ~ N(0, 1) of shape (B, C, h, w)."""
-    mean, logvar = split_moments(moments)
-    return mean + torch.exp(0.5 * logvar) * eps
-
-
-def kl(moments: Tensor) -> Tensor:
-    """KL(q(z | x) || N(0, 1)) of each sample, summed over its latent values: (B,), in nats."""
-    mean, logvar = split_moments(moments)
-    return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum(dim=(1, 2, 3))
-
-
-def decode(vae: AutoencoderKL, z: Tensor) -> Tensor:
-    """Reconstruction, about [-1, 1], (B, 3, H, W), of latents (B, C, h, w)."""
-    if vae.post_quant_conv is not None:
-        z = vae.post_quant_conv(z)
-    return vae.decoder(z)
-
-
-class TrainableVAE(nn.Module):
-    """Encode, sample and decode as one forward.
-
-    DistributedDataParallel synchronises the gradients of its own forward alone: `encode` and `decode` called on the
-    network inside would train every process by itself. The VAE is the attribute `vae`.
-    """
-
-    def __init__(self, vae: AutoencoderKL):
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, pixels: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Moments, latents and reconstruction, under autocast the first two still in float32.
-
-        Args:
-            pixels: [-1, 1], (B, 3, H, W).
-            eps: N(0, 1), (B, C, h, w).
-
-        Returns:
-            moments (B, 2C, h, w), z (B, C, h, w), reconstruction (B, 3, H, W).
-        """
-        moments = encode_moments(self.vae, pixels)
-        z = sample(moments, eps)
-        return moments, z, decode(self.vae, z)
-
-
-# Statistics of the latents
-
-
 def latent_statistics(
     path: str | Path, vae: AutoencoderKL, *, flag: str = "--vae-ckpt"
 ) -> tuple[Tensor, Tensor] | None:
@@ -361,35 +282,3 @@ def latent_statistics(
     if not (torch.isfinite(scale).all() and torch.isfinite(bias).all() and (scale > 0).all()):
         raise InputError(f"{flag}: {stored} has a latent scale that is not positive, or a value that is not finite")
     return scale, bias
-
-
-@torch.no_grad()
-def measure_latent_statistics(
-    vae: AutoencoderKL,
-    data,
-    *,
-    device: torch.device | str,
-    batch_size: int = 32,
-    max_images: int = 50_000,
-    rank: int = 0,
-    world_size: int = 1,
-) -> tuple[Tensor, Tensor]:
-    """Scale (1 / std) and bias (mean) of a data set's latents, float32 (1, C, 1, 1) on the CPU, equal on all ranks.
-
-    Args:
-        vae: on `device`, in eval mode.
-        data: `len(data)` and `data.__getitems__(indices) -> (images uint8 (B, 3, H, W), ...)`.
-        max_images: of a larger data set so many are taken, evenly spread over its order (which is by class).
-        batch_size: images at a time per process.
-        rank, world_size: the processes share the batches; with more than one, torch.distributed adds them up.
-
-    Raises:
-        InputError: the VAE's latents are not finite, or a channel is constant.
-    """
-    statistics = LatentStatistics(vae.config["latent_channels"], device)
-    chosen = evenly_spaced(len(data), max_images)
-    for first in range(rank * batch_size, len(chosen), world_size * batch_size):
-        images = data.__getitems__(chosen[first : first + batch_size])[0].to(device)
-        statistics.add(to_mean_std(encode_moments(vae, to_signed(images))))
-    with about("--vae-ckpt"):
-        return statistics.scale_and_bias()

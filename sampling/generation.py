@@ -9,8 +9,9 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from dataset.latents import denormalize
+from models.posterior import decode, encode_moments, split_moments
 from models.sit import SiT
-from models.vae import decode, downsampling, encode_moments, split_moments
+from models.vae import downsampling
 from sampling.samplers import euler, euler_maruyama, heun
 from utils.distributed import gather_rows
 from utils.images import to_signed, to_uint8

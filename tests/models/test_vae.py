@@ -8,21 +8,17 @@ import safetensors.torch
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from models.vae import (
+from models.posterior import (
     TrainableVAE,
-    build_vae,
     decode,
-    downsampling,
     encode_moments,
     kl,
-    latent_statistics,
-    load_vae,
     measure_latent_statistics,
     sample,
     split_moments,
     to_mean_std,
-    vae_config,
 )
+from models.vae import build_vae, downsampling, latent_statistics, load_vae, vae_config
 from models.vae_files import save_vae_files
 from models.vae_keys import ldm_parameters, ldm_shape, to_ldm
 from tests.golden.fill import synth_image

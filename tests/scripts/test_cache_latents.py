@@ -9,7 +9,8 @@ import torch
 
 import cache_latents
 from dataset.data import ImageData, LatentData
-from models.vae import build_vae, encode_moments, measure_latent_statistics, to_mean_std
+from models.posterior import encode_moments, measure_latent_statistics, to_mean_std
+from models.vae import build_vae
 from models.vae_files import save_vae_files
 from models.vae_keys import to_ldm
 from tests.support.forks import Fork

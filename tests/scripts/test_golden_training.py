@@ -14,8 +14,9 @@ from loss.config import VAELossConfig
 from loss.vae import VAELoss
 from models.discriminator import PatchDiscriminator
 from models.interpolant import Noising
+from models.posterior import TrainableVAE
 from models.sit import SiT
-from models.vae import TrainableVAE, build_vae
+from models.vae import build_vae
 from models.vae_keys import from_ldm, ldm_parameters, to_ldm
 from tests.golden.fill import subsample
 from tests.support.golden_data import close, filled, load

@@ -14,8 +14,9 @@ import train_vae
 from loss.adversarial import DiscriminatorLoss
 from loss.config import VAELossConfig
 from models.discriminator import PatchDiscriminator
+from models.posterior import TrainableVAE
 from models.sit import SiT
-from models.vae import TrainableVAE, build_vae
+from models.vae import build_vae
 from models.vae_keys import ldm_parameters, to_ldm
 from tests.support import small
 from tests.support.golden_data import GOLDEN
