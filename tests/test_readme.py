@@ -32,7 +32,7 @@ def test_every_script_has_its_table():
 
 
 @pytest.mark.parametrize(("script", "words"), list(commands()))
-def test_command_parses(script, words):
+def test_every_command_parses(script, words):
     PARSERS[script]().parse_args(words)
 
 

@@ -50,7 +50,7 @@ def test_the_tables_are_read_whole():
 
 
 @pytest.mark.parametrize(("script", "flag", "kind", "default", "choices"), reference_flags())
-def test_every_public_flag(script, flag, kind, default, choices):
+def test_every_public_flag_is_there_with_its_default(script, flag, kind, default, choices):
     action = actions(script)[flag]
     if default == "required":
         assert action.required
@@ -75,7 +75,7 @@ def _number(text):
     return text if text is None else float(text)
 
 
-def test_every_public_encoder_name():
+def test_every_public_encoder_name_is_known():
     names = re.search(r"`--enc-type`: (.*?);", REFERENCE)[1].split(", ")
     assert len(names) == 9 and [name for name, _ in parse_encoder_list(",".join(names))] == names
 

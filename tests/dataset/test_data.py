@@ -86,7 +86,7 @@ def test_public_h5_folder_asks_for_preprocessing(tmp_path):
     assert "images.h5 of the public release" in message and "preprocessing.py again" in message
 
 
-def test_wrong_resolution_and_labels(data):
+def test_another_resolution_and_too_few_classes_are_refused(data):
     message = refusal(ImageData, data.folder, resolution=256)
     assert message.startswith("--resolution: 256 was given; ") and "8 x 8" in message
     message = refusal(ImageData, data.folder, num_classes=4)
@@ -112,7 +112,7 @@ def test_wrong_resolution_and_labels(data):
         (lambda d: write_data(d, images=np.zeros((0, 3, 8, 8), np.uint8)), "images.npy"),
     ],
 )
-def test_damaged_data_folders(tmp_path, damage, words):
+def test_a_damaged_data_folder_is_refused(tmp_path, damage, words):
     folder = write_data(tmp_path / "data")
     damage(folder)
     with pytest.raises(InputError, match=words):
@@ -123,7 +123,7 @@ def test_damaged_data_folders(tmp_path, damage, words):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_latents_and_their_combinations(data, dtype):
+def test_latents_come_beside_the_labels_and_images_of_the_same_items(data, dtype):
     array = write_latents(data.folder / "vae.v1", data.fingerprint, dtype=dtype)
     latents = LatentData(data.folder / "vae.v1", data)
     mean_std = latents.__getitems__([7, 2])
@@ -138,7 +138,7 @@ def test_latents_and_their_combinations(data, dtype):
     assert torch.equal(pickle.loads(pickle.dumps(latents)).__getitems__([1]), latents.__getitems__([1]))
 
 
-def test_refused_latents(data, tmp_path):
+def test_latents_that_do_not_belong_to_the_data_set_are_refused(data, tmp_path):
     path = tmp_path / "vae"
     message = refusal(LatentData, path, data)
     assert message.startswith("--vae-latents-name: ") and "cache_latents.py --vae-latents-name vae" in message

@@ -67,7 +67,7 @@ def test_two_writers_share_the_rows(tmp_path):
     assert torch.equal(LatentData(tmp_path / "z").__getitems__(range(COUNT)), rows())
 
 
-def test_half_precision(tmp_path):
+def test_what_half_precision_cannot_hold_is_refused(tmp_path):
     cache = opened(tmp_path, dtype="float16")
     write(cache, range(COUNT))
     with pytest.raises(InputError, match="images 2 to 3 are not finite in float16"):
@@ -103,7 +103,7 @@ def test_what_belongs_to_others_is_refused(tmp_path, change):
         LatentCache(tmp_path / "z", description()).start()
 
 
-def test_killed_between_the_two_renames(tmp_path):
+def test_a_writer_killed_between_the_two_renames_goes_on(tmp_path):
     cache = opened(tmp_path)
     write(cache, range(COUNT))
     cache.flush()

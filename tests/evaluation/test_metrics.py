@@ -86,7 +86,7 @@ def test_statistics_are_those_of_numpy_and_add_up_over_processes(stripe, monkeyp
     np.testing.assert_allclose(covariance, np.cov(features.double().numpy(), rowvar=False), rtol=1e-11)
 
 
-def test_frechet_distance_of_commuting_gaussians():
+def test_frechet_distance_of_commuting_gaussians_is_the_closed_form():
     variances = torch.tensor([[1.0, 4.0, 9.0], [4.0, 4.0, 1.0]], dtype=torch.float64)
     means = torch.tensor([[0.0, 0.0, 1.0], [3.0, 0.0, -1.0]], dtype=torch.float64)
     expected = (means[0] - means[1]).square().sum() + (variances[0].sqrt() - variances[1].sqrt()).square().sum()
@@ -101,7 +101,7 @@ def test_frechet_distance_is_the_matrix_square_root():
 
 
 @pytest.mark.parametrize("rank_1, rank_2", [(3, 40), (40, 3), (3, 5), (0, 40), (0, 0)])
-def test_frechet_distance_of_singular_covariances(rank_1, rank_2):
+def test_frechet_distance_of_singular_covariances_is_the_closed_form(rank_1, rank_2):
     """Gaussians in two subspaces: a rotation into the first `rank` axes makes the closed form."""
     rotation = torch.linalg.qr(random_covariance(40, 3)).Q
     variances = [torch.tensor([float(i < rank) for i in range(40)], dtype=torch.float64) for rank in (rank_1, rank_2)]
@@ -136,13 +136,13 @@ def test_inception_score_is_that_of_the_adm_suite(key, rows, split):
 
 
 @pytest.mark.parametrize("split", [5000, 100])
-def test_inception_score_of_features(split):
+def test_inception_score_of_features_is_that_of_the_adm_suite(split):
     probabilities = (tensor(ARRAYS["cluster_fake"]) @ tensor(ARRAYS["is_weight"])).softmax(1)
     expected = EXPECTED["inception_score"][f"cluster_fake_features_split{split}"]
     assert inception_score(probabilities, split)[0] == pytest.approx(expected, rel=2e-5)
 
 
-def test_inception_score_of_certain_and_of_uniform_predictions():
+def test_inception_score_of_certain_and_of_uniform_predictions_is_known():
     assert inception_score(torch.eye(10).repeat(3, 1)) == pytest.approx((10, 0))  # p = 0 contributes 0, not NaN
     assert inception_score(torch.full((20, 10), 0.1)) == pytest.approx((1, 0))
     halves = torch.cat([torch.eye(10), torch.full((10, 10), 0.1)])
@@ -190,7 +190,7 @@ def test_overflow_is_decided_block_by_block(monkeypatch):
     assert fits == [True, False, False, False]
 
 
-def test_precision_recall_against_brute_force():
+def test_precision_recall_are_those_of_brute_force():
     generator = torch.Generator().manual_seed(3)
     real, fake = torch.randn(60, 3, generator=generator), torch.randn(50, 3, generator=generator) + 1
     distances = [[torch.cdist(a.double(), b.double()) for b in (real, fake)] for a in (real, fake)]
@@ -228,7 +228,7 @@ def test_precision_recall_is_the_same_on_several_processes(half, monkeypatch):
 # Images
 
 
-def test_psnr_of_a_known_error():
+def test_psnr_of_a_known_error_is_known():
     images = torch.zeros(3, 3, 8, 8)
     other = images.clone()
     other[1] += 0.1
@@ -237,7 +237,7 @@ def test_psnr_of_a_known_error():
     np.testing.assert_allclose(psnr(other, images), expected, rtol=1e-6)
 
 
-def test_ssim_of_constant_images():
+def test_ssim_of_constant_images_is_the_luminance_term():
     """Without variance only the luminance term is left."""
     a, b = 0.25, 0.75
     images = torch.full((1, 3, 16, 12), a), torch.full((1, 3, 16, 12), b)
@@ -245,7 +245,7 @@ def test_ssim_of_constant_images():
     assert ssim(*images).item() == pytest.approx(expected, rel=1e-9)
 
 
-def test_ssim_against_its_definition():
+def test_ssim_is_its_definition():
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(2, 3, 13, 12, generator=generator)
     y = (x + 0.1 * torch.randn(x.shape, generator=generator)).clamp(0, 1)

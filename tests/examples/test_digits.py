@@ -43,7 +43,7 @@ def data(tmp_path):
     return tmp_path
 
 
-def test_encoder_loads_bit_equal(data):
+def test_the_saved_encoder_loads_bit_equal(data):
     pixels, labels = pretrain_encoder.load_data(data)
     torch.manual_seed(0)
     model = pretrain_encoder.build_encoder(24, num_classes=2)
@@ -61,7 +61,7 @@ def test_encoder_loads_bit_equal(data):
         torch.testing.assert_close(encoder(images), tokens, rtol=1e-5, atol=1e-5)
 
 
-def test_encoder_learns_brightness(data):
+def test_the_encoder_learns_brightness(data):
     """The script end to end: what it saved separates the two classes."""
     pretrain_encoder.main(
         ["--data-dir", str(data), "--out", str(data / "encoder"), "--steps", "20", "--batch-size", "8"]
@@ -154,7 +154,7 @@ def test_the_study_measures_and_shows(tmp_path, monkeypatch, real, trained_judge
         assert picture.width > 1000 and np.asarray(picture).std() > 10
 
 
-def test_report_of_a_small_folder(data, capsys):
+def test_the_report_shows_losses_readings_and_seconds(data, capsys):
     for name in ("data", "samples"):
         (data / name).mkdir()
     labels = np.arange(40) // 4  # in the order of preprocessing.py: class by class

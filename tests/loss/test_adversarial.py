@@ -7,13 +7,13 @@ from loss.adversarial import DiscriminatorLoss, adversarial_factor, hinge_loss
 from loss.config import VAELossConfig
 
 
-def test_hinge_loss():
+def test_the_hinge_counts_only_logits_within_the_margin():
     real, fake = torch.tensor([2.0, 0.0]), torch.tensor([-3.0, 0.5])
     assert hinge_loss(real, fake).item() == pytest.approx(0.5 * (0.5 + 0.75))
     assert hinge_loss(torch.full((3,), 1.0), torch.full((3,), -1.0)).item() == 0.0
 
 
-def test_adversarial_schedule():
+def test_the_adversarial_loss_starts_at_its_step():
     config = VAELossConfig(discriminator_start=10, discriminator_factor=0.5)
     assert [adversarial_factor(config, step) for step in (0, 9, 10, 11)] == [0.0, 0.0, 0.5, 0.5]
 

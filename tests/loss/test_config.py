@@ -37,13 +37,13 @@ BAD_CONFIGS = {
 
 
 @pytest.mark.parametrize("message", BAD_CONFIGS)
-def test_bad_configurations(message, tmp_path):
+def test_a_bad_configuration_is_refused_with_its_key(message, tmp_path):
     (tmp_path / "loss.yaml").write_text(BAD_CONFIGS[message])
     with pytest.raises(InputError, match=message) as error:
         read_loss_config(tmp_path / "loss.yaml")
     assert str(error.value).startswith(f"--loss-cfg-path: {tmp_path}")
 
 
-def test_missing_configuration(tmp_path):
+def test_a_missing_configuration_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"--loss-cfg-path: .*none.yaml cannot be read"):
         read_loss_config(tmp_path / "none.yaml")

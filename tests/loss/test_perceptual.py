@@ -10,7 +10,7 @@ from tests.support.loss_data import ARRAYS, inputs
 from utils.errors import InputError
 
 
-def test_lpips(lpips):
+def test_lpips_and_its_gradient_are_those_of_the_public_code(lpips):
     pixels, reconstruction, _ = inputs()
     reconstruction.requires_grad_()
     value = lpips(pixels, reconstruction)
@@ -30,7 +30,7 @@ def test_lpips_is_frozen_and_takes_no_random_draw(vgg_file, capfd):
     assert capfd.readouterr().out == ""
 
 
-def test_bad_lpips_weights(vgg_file, tmp_path):
+def test_other_files_than_vgg16_are_refused(vgg_file, tmp_path):
     with pytest.raises(InputError, match=r"--lpips-weights: .*none.pth does not exist; fetch https.*vgg16.*528 MB"):
         load_lpips(tmp_path / "none.pth")
     (tmp_path / "page.pth").write_text("<html>")
@@ -45,7 +45,7 @@ def test_bad_lpips_weights(vgg_file, tmp_path):
         load_lpips(tmp_path / "other.pth")
 
 
-def test_lpips_absent_and_offline(monkeypatch, tmp_path, vgg_file):
+def test_without_connection_the_message_says_where_to_put_which_file(monkeypatch, tmp_path, vgg_file):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
 
     def refuse(url, *_, **__):

@@ -21,7 +21,7 @@ def discriminator():
 
 
 @pytest.mark.parametrize("variant", META["variants"])
-def test_whole_loss(variant, lpips, discriminator):
+def test_loss_and_gradients_are_those_of_the_public_code(variant, lpips, discriminator):
     settings = META["variants"][variant]
     config = dataclasses.replace(VAELossConfig(), **settings["config_overrides"])
     vae_loss, discriminator_loss = VAELoss(config, lpips), DiscriminatorLoss(config)

@@ -14,7 +14,7 @@ def discriminator():
     return filled_discriminator()
 
 
-def test_discriminator(discriminator):
+def test_logits_and_batch_statistics_are_those_of_the_public_code(discriminator):
     pixels, reconstruction, _ = inputs()
     with torch.no_grad():
         discriminator.eval()
@@ -27,7 +27,7 @@ def test_discriminator(discriminator):
                 close(buffer, ARRAYS[f"disc.train.{after}.{key}"], 3e-5, what=key)
 
 
-def test_discriminator_files(discriminator, tmp_path):
+def test_a_file_loads_strictly(discriminator, tmp_path):
     assert list(discriminator.state_dict()) == list(DISCRIMINATOR)
     torch.save(discriminator.state_dict(), tmp_path / "d.pt")
     again = load_discriminator(tmp_path / "d.pt").state_dict()
@@ -40,7 +40,7 @@ def test_discriminator_files(discriminator, tmp_path):
         load_discriminator(tmp_path / "none.pt")
 
 
-def test_fresh_discriminator():
+def test_fresh_weights_have_the_public_distribution():
     torch.manual_seed(0)
     state = load_discriminator(None).state_dict()
     assert state["main.5.weight"].std().item() == pytest.approx(0.02, rel=0.02)

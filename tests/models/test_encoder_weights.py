@@ -89,7 +89,7 @@ def test_a_missing_and_an_unknown_key_are_named():
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_files_that_are_no_weights(legacy, tmp_path):
+def test_files_that_are_no_weights_are_refused(legacy, tmp_path):
     path = tmp_path / "dinov2.pth"
 
     def load():

@@ -134,7 +134,7 @@ def test_every_key_of_the_real_file_has_its_place(name):
 # The flags
 
 
-def test_comma_lists():
+def test_comma_lists_pair_names_with_files():
     assert parse_encoder_list(None) == parse_encoder_list("None") == parse_encoder_list("") == []
     assert parse_encoder_list("dinov2-vit-b, timm:local-dir:/a:b") == [
         ("dinov2-vit-b", None),
@@ -155,7 +155,7 @@ def test_a_resolution_without_a_whole_grid_is_refused(resolution):
     refusal(lambda: load_encoder("dinov2-vit-b", resolution), f"--resolution: {resolution}", "multiple of 16")
 
 
-def test_the_command_line(capsys):
+def test_the_command_line_lists_and_refuses(capsys):
     encoders.main(["list"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(ENCODERS)
@@ -214,7 +214,7 @@ def test_preprocessing_keeps_the_images_and_the_overshoot(monkeypatch):
     assert (pixels > (1 - encoder.mean) / encoder.std + 0.01).any()  # bicubic overshoot at the edge, not clamped
 
 
-def test_resize_tokens():
+def test_resized_tokens_keep_rows_and_columns():
     tokens = torch.randn(2, 16, 5, dtype=torch.bfloat16)
     assert resize_tokens(tokens, 4) is tokens
     ramp = torch.arange(6.0).expand(6, 6).reshape(1, 36, 1)  # value = column
@@ -237,12 +237,8 @@ def write_local_dir(folder: Path, num_classes: int, **changes) -> nn.Module:
     """A small ViT in timm's folder format, as examples/digits saves its own."""
     torch.manual_seed(0)
     network = timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=num_classes, **TINY).eval()
-    config = {
-        "architecture": "vit_tiny_patch16_224",
-        "num_classes": num_classes,
-        "pretrained_cfg": TIMM_CFG,
-        "model_args": TINY,
-    }
+    config = {"architecture": "vit_tiny_patch16_224", "num_classes": num_classes}
+    config |= {"pretrained_cfg": TIMM_CFG, "model_args": TINY}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config | changes))
     safetensors.torch.save_file(network.state_dict(), folder / "model.safetensors")
@@ -250,7 +246,7 @@ def write_local_dir(folder: Path, num_classes: int, **changes) -> nn.Module:
 
 
 @pytest.mark.parametrize("num_classes", [0, 10])
-def test_a_timm_folder_round_trip(num_classes, tmp_path):
+def test_a_timm_folder_gives_the_tokens_of_its_network(num_classes, tmp_path):
     network = write_local_dir(tmp_path / "vit", num_classes)
     name = f"timm:local-dir:{tmp_path}/vit"
     assert encoder_dims(name) == 96
@@ -270,7 +266,7 @@ def test_a_timm_folder_round_trip(num_classes, tmp_path):
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth"])
 @pytest.mark.parametrize("num_classes", [0, 7])
-def test_a_timm_encoder_with_a_file_of_ones_own(suffix, num_classes, tmp_path):
+def test_a_timm_encoder_takes_a_file_of_ones_own(suffix, num_classes, tmp_path):
     write_local_dir(tmp_path / "vit", 10)
     torch.manual_seed(1)
     state = timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=num_classes, **TINY).state_dict()
@@ -290,7 +286,7 @@ def test_a_timm_encoder_with_a_file_of_ones_own(suffix, num_classes, tmp_path):
     refusal(lambda: load_encoder(name, 32, str(tmp_path / "no.pt")), "--enc-ckpt", "no.pt")
 
 
-def test_timm_models_that_cannot_serve(tmp_path, monkeypatch):
+def test_timm_models_that_cannot_serve_are_refused(tmp_path, monkeypatch):
     refusal(lambda: encoder_dims("timm:no_such_model"), "--enc-type: timm:no_such_model", "Unknown model")
     refusal(lambda: encoder_dims("timm:resnet18"), "timm:resnet18", "(1, 512, 7, 7)", "(B, prefix + N, D)")
     refusal(lambda: encoder_dims("timm:swin_tiny_patch4_window7_224"), "(1, 7, 7, 768)")

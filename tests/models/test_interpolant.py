@@ -27,7 +27,7 @@ def test_path_starts_at_data_and_ends_at_noise(path):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_score_of_a_gaussian(path):
+def test_the_score_of_a_gaussian_is_the_known_one(path):
     """Data N(m, s^2) make x_t Gaussian: its score is known, and so is its conditional velocity."""
     m, s, t = 0.7, 0.4, torch.linspace(0.05, 0.95, 7, dtype=torch.float64)
     alpha, sigma, d_alpha, d_sigma = coefficients(t, path)
@@ -38,7 +38,7 @@ def test_score_of_a_gaussian(path):
     torch.testing.assert_close(score_from_velocity(d_alpha * x_0 + d_sigma * noise, x, t, path), score)
 
 
-def test_golden_score():
+def test_the_score_is_that_of_the_public_code():
     arrays, _ = load("samplers")
     v, x, t = (torch.from_numpy(arrays[f"score.{key}"]) for key in "vxt")
     for path in PATHS:

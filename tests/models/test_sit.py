@@ -13,6 +13,8 @@ from models.sit import SiT, SiT_models, config_of_state_dict, sincos_positions
 from tests.support.golden_data import GOLDEN, close, fill, filled, load
 
 REL, ABS = 1e-5, 1e-7
+# Of a model in the manifests: what its name does not say.
+STORED = ("input_size", "in_channels", "num_classes", "class_dropout_prob", "z_dims", "encoder_depth", "qk_norm")
 
 
 def build(name):
@@ -51,7 +53,7 @@ def check_buffers(arrays, prefix, sit):
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("path", ["linear", "cosine"])
 @pytest.mark.parametrize("name", ["sit_a", "sit_b"])
-def test_training_pass_and_gradients(name, path, fused):
+def test_training_pass_and_gradients_are_those_of_the_public_code(name, path, fused):
     sit, arrays, meta, targets, z, y, noise, t = build(name)
     for block in sit.blocks:
         block.attn.fused_attn = fused
@@ -77,7 +79,7 @@ def test_training_pass_and_gradients(name, path, fused):
 
 @pytest.mark.parametrize("path", ["linear", "cosine"])
 @pytest.mark.parametrize("name", ["sit_a", "sit_b"])
-def test_evaluation_and_alignment_passes(name, path):
+def test_evaluation_and_alignment_passes_are_those_of_the_public_code(name, path):
     sit, arrays, _, targets, z, y, noise, t = build(name)
     sit.eval().requires_grad_(False)
     check_pass(arrays, f"eval.{path}", *full_pass(sit, z, y, noise, t, targets, path))
@@ -95,7 +97,7 @@ def test_evaluation_and_alignment_passes(name, path):
 @pytest.mark.parametrize("path", ["linear", "cosine"])
 @pytest.mark.parametrize("weighting", ["uniform", "lognormal"])
 @pytest.mark.parametrize("name", ["sit_a", "sit_b"])
-def test_sampled_time_and_dropped_labels(name, weighting, path):
+def test_sampled_time_and_dropped_labels_are_those_of_the_public_code(name, weighting, path):
     sit, arrays, _, targets, z, y, noise, _ = build(name)
     prefix = f"sampled.{weighting}.{path}"
     t = time_from_draw(torch.from_numpy(arrays[f"{prefix}.raw_time_draw"]).flatten(), weighting, path)
@@ -105,7 +107,7 @@ def test_sampled_time_and_dropped_labels(name, weighting, path):
 
 
 @pytest.mark.parametrize("name", ["sit_a", "sit_b"])
-def test_inference_and_latent_statistics(name):
+def test_inference_and_latent_statistics_are_those_of_the_public_code(name):
     sit, arrays, *_ = build(name)
     sit.eval()
     x, steps, labels = (torch.from_numpy(arrays[f"inference.{key}"]) for key in ("x", "t", "y"))
@@ -122,15 +124,7 @@ def test_every_public_model_has_the_public_state_dict():
     manifests = json.loads((GOLDEN / "manifests.json").read_text())["sit"]
     for name, facts in manifests.items():
         with torch.device("meta"):
-            sit = SiT_models[name.split()[0]](
-                input_size=facts["input_size"],
-                in_channels=facts["in_channels"],
-                num_classes=facts["num_classes"],
-                class_dropout_prob=facts["class_dropout_prob"],
-                z_dims=facts["z_dims"],
-                encoder_depth=facts["encoder_depth"],
-                qk_norm=facts["qk_norm"],
-            )
+            sit = SiT_models[name.split()[0]](**{key: facts[key] for key in STORED})
         shapes = {key: list(tensor.shape) for key, tensor in sit.state_dict().items()}
         expected = dict(facts["state_dict"])
         if name.startswith("SiT-S"):  # the public S carries a last layer of width 768 and cannot run
@@ -150,20 +144,9 @@ def test_position_table_is_the_public_one():
 
 
 def test_config_is_read_back_from_shapes():
-    config = dict(
-        input_size=8,
-        patch_size=2,
-        in_channels=4,
-        hidden_size=192,
-        depth=6,
-        num_heads=3,
-        num_classes=10,
-        class_dropout_prob=0.0,
-        z_dims=[16, 24],
-        projector_dim=32,
-        qk_norm=True,
-        mlp_ratio=4.0,
-    )
+    config = dict(input_size=8, patch_size=2, in_channels=4, num_classes=10, class_dropout_prob=0.0)
+    config |= dict(hidden_size=192, depth=6, num_heads=3, qk_norm=True, mlp_ratio=4.0)
+    config |= dict(z_dims=[16, 24], projector_dim=32)
     state = SiT(encoder_depth=2, **config).state_dict()
     read = config_of_state_dict(state, num_classes=10)
     assert {key: read[key] for key in config} == config

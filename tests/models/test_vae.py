@@ -62,7 +62,7 @@ def saved(tiny, tmp_path):
 # Parity
 
 
-def test_forward_and_gradients(golden):
+def test_forward_and_gradients_are_those_of_the_public_code(golden):
     vae, arrays, meta = golden
     vae.zero_grad()
     pixels = to_signed(torch.from_numpy(arrays["in.image_u8"]))
@@ -85,7 +85,7 @@ def test_forward_and_gradients(golden):
 
 
 @torch.no_grad()
-def test_decode_and_clamped_posterior(golden):
+def test_decoder_and_clamped_posterior_are_those_of_the_public_code(golden):
     vae, arrays, _ = golden
     close(decode(vae, torch.from_numpy(arrays["decode.z"])), arrays["decode.out"], 2e-5)
 
@@ -102,7 +102,7 @@ def test_decode_and_clamped_posterior(golden):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_full_resolution(golden):
+def test_256_pixels_are_those_of_the_public_code(golden):
     vae, arrays, meta = golden
     if "image256" not in meta:
         pytest.skip("this fixture has no 256 x 256 image")
@@ -114,7 +114,7 @@ def test_full_resolution(golden):
         close(tensor, arrays[f"big.{name}"], 2e-5, what=name)
 
 
-def test_config_rebuilds_the_network(tiny):
+def test_a_stored_config_rebuilds_the_network(tiny):
     config = json.loads(json.dumps(vae_config(tiny)))
     again = build_vae(config)
     again.load_state_dict(tiny.state_dict())
@@ -167,13 +167,11 @@ def without(state, key):
     return {name: tensor for name, tensor in state.items() if name != key}
 
 
+NINE = {"decoder.conv_out.weight": torch.zeros(9, 16, 3, 3)}  # channels of an image
 BAD_STATES = {
     "lacks the key 'quant_conv.bias', which --vae f4d4-tiny needs": lambda s: without(s, "quant_conv.bias"),
     "has the key 'extra.weight', which": lambda s: {**s, "extra.weight": torch.zeros(1)},
-    r"'decoder.conv_out.weight' has shape \(9, 16, 3, 3\); --vae f4d4-tiny needs \(3, 16, 3, 3\)": lambda s: {
-        **s,
-        "decoder.conv_out.weight": torch.zeros(9, 16, 3, 3),
-    },
+    r"'decoder.conv_out.weight' has shape \(9, 16, 3, 3\); --vae f4d4-tiny needs \(3, 16, 3, 3\)": lambda s: s | NINE,
     "lacks the key 'decoder.conv_in.weight'": lambda s: {"weight": torch.zeros(1)},
     "'encoder.conv_in.bias' is a str": lambda s: {**s, "encoder.conv_in.bias": "text"},
     "take its VAE out with save_vae_weights.py": lambda s: {"vae": s, "ema": {}},
@@ -182,7 +180,7 @@ BAD_STATES = {
 
 
 @pytest.mark.parametrize("message", BAD_STATES)
-def test_bad_state_dicts(message, tiny, tmp_path):
+def test_another_state_dict_is_refused_with_its_key(message, tiny, tmp_path):
     torch.save(BAD_STATES[message](to_ldm(tiny)), tmp_path / "x.pt")
     with pytest.raises(InputError, match=message) as error:
         load_vae(TINY, tmp_path / "x.pt")
@@ -198,7 +196,7 @@ def test_another_architecture_is_named(saved):
             load_vae("f8d4", path, flags=("--arch", "--file"))
 
 
-def test_damaged_and_missing_files(saved, tmp_path):
+def test_damaged_and_missing_files_are_refused(saved, tmp_path):
     folder, *_ = saved
     whole = (folder / "my-vae.pt").read_bytes()
     for name, contents in {"cut.pt": whole[: len(whole) // 2], "page.pt": b"<!DOCTYPE html>", "empty.pt": b""}.items():
@@ -214,7 +212,7 @@ def test_damaged_and_missing_files(saved, tmp_path):
         load_vae("auto", folder / "diffusers" / "diffusion_pytorch_model.safetensors")
 
 
-def test_bad_folders(saved, tmp_path):
+def test_a_folder_loads_strictly(saved, tmp_path):
     folder = saved[0] / "diffusers"
     config, weights = folder / "config.json", folder / "diffusion_pytorch_model.safetensors"
     state = safetensors.torch.load_file(weights)
@@ -239,7 +237,7 @@ def test_bad_folders(saved, tmp_path):
 # Posterior
 
 
-def test_posterior_against_torch_distributions():
+def test_sample_and_kl_are_those_of_torch_distributions():
     moments, eps = torch.randn(3, 8, 2, 2), torch.randn(3, 4, 2, 2)
     mean, logvar = split_moments(moments)
     posterior = Normal(mean, torch.exp(0.5 * logvar))
@@ -303,7 +301,7 @@ def test_large_data_sets_are_sampled_evenly(tiny):
     assert data.asked == list(range(0, 30, 3))
 
 
-def test_stored_statistics(saved, tmp_path):
+def test_statistics_stored_beside_the_vae_are_found(saved, tmp_path):
     folder, scale, bias = saved
     for path in (folder / "my-vae.pt", folder / "diffusers"):
         found = latent_statistics(path, load_vae("auto", path))
@@ -313,11 +311,9 @@ def test_stored_statistics(saved, tmp_path):
     vae = load_vae(TINY, lonely)
     assert latent_statistics(lonely, vae) is None
 
+    wide = {"latents_scale": torch.ones(1, 32, 1, 1), "latents_bias": torch.ones(32)}
     for message, contents in {
-        "statistics of 32 channels; the VAE has 4": {
-            "latents_scale": torch.ones(1, 32, 1, 1),
-            "latents_bias": torch.ones(32),
-        },
+        "statistics of 32 channels; the VAE has 4": wide,
         "not positive": {"latents_scale": torch.zeros(1, 4, 1, 1), "latents_bias": torch.ones(1, 4, 1, 1)},
         "lacks 'latents_scale'": {"scale": torch.ones(4)},
     }.items():

@@ -52,7 +52,7 @@ def test_public_keys_in_public_order(arch):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_keys_of_any_architecture(name):
+def test_keys_of_any_architecture_pair_and_tell_its_config(name):
     base = {
         "latent_channels": 4,
         "block_out_channels": [32, 64],
@@ -78,7 +78,7 @@ def test_ldm_round_trip_is_exact(tiny):
         from_ldm({**to_ldm(tiny), "nonsense": torch.zeros(1)}, tiny.config)
 
 
-def test_shapes_of_optimizer_moments(tiny):
+def test_moments_take_the_shapes_of_their_keys_and_back(tiny):
     shapes = {key: tensor.shape for key, tensor in to_ldm(tiny).items()}
     for key, parameter in ldm_parameters(tiny):
         moment = torch.randn_like(parameter)

@@ -21,7 +21,7 @@ def sit():
 
 
 @pytest.mark.parametrize("run", META["runs"], ids=lambda run: run["name"])
-def test_golden_run(sit, run):
+def test_samples_and_calls_are_those_of_the_public_code(sit, run):
     calls = []
 
     def velocity(x_t, t, labels):
@@ -30,12 +30,9 @@ def test_golden_run(sit, run):
         return sit(x_t, t, labels)[0]
 
     noise, labels = torch.from_numpy(ARRAYS["in.latents"]), torch.from_numpy(ARRAYS["in.y"])
-    settings = dict(
-        num_steps=run["num_steps"],
-        guidance_scale=run["cfg_scale"],
-        null_label=1000,
-        guidance_interval=(run["guidance_low"], run["guidance_high"]),
-    )
+    interval = (run["guidance_low"], run["guidance_high"])
+    settings = dict(num_steps=run["num_steps"], guidance_scale=run["cfg_scale"], guidance_interval=interval)
+    settings |= dict(null_label=1000)
     if run["kind"] == "sde":
         steps = torch.from_numpy(ARRAYS[f"{run['name']}.noise"])
         settings |= dict(path_type=run["path_type"], step_noise=lambda i: steps[i])
@@ -45,7 +42,7 @@ def test_golden_run(sit, run):
     close(out, ARRAYS[f"{run['name']}.out"], 1e-5)
 
 
-def test_golden_time_grids():
+def test_time_grids_are_those_of_the_public_code():
     for key in (k for k in ARRAYS if k.startswith("grid.")):
         _, kind, steps = key.split(".")
         grid = (ode_times if kind == "ode" else sde_times)(int(steps[1:]))
@@ -61,7 +58,7 @@ def gaussian_velocity(x_t, t, labels):
 
 
 @pytest.mark.parametrize(("sampler", "order"), [(euler, 1), (heun, 2)])
-def test_order_of_convergence_on_a_gaussian(sampler, order):
+def test_errors_shrink_with_the_samplers_order(sampler, order):
     """The ODE maps N(0, 1) to N(0, s^2) linearly: x_0 = s x_1. Halving the step divides the error by 2^order."""
     noise, labels = torch.ones(1, 1, 1, 1), torch.zeros(1, dtype=torch.long)
     errors = [abs(sampler(gaussian_velocity, noise, labels, num_steps=n).item() - 0.5) for n in (40, 80, 160)]
@@ -71,15 +68,9 @@ def test_order_of_convergence_on_a_gaussian(sampler, order):
 
 def test_sde_reaches_the_same_distribution():
     generator = torch.Generator().manual_seed(0)
-    draw = lambda: torch.randn(20000, 1, 1, 1, generator=generator)  # noqa: E731
-    x = euler_maruyama(
-        gaussian_velocity,
-        draw(),
-        torch.zeros(20000, dtype=torch.long),
-        num_steps=200,
-        path_type="linear",
-        step_noise=lambda i: draw(),
-    )
+    draw = lambda *_: torch.randn(20000, 1, 1, 1, generator=generator)  # noqa: E731
+    labels, settings = torch.zeros(20000, dtype=torch.long), dict(num_steps=200, path_type="linear", step_noise=draw)
+    x = euler_maruyama(gaussian_velocity, draw(), labels, **settings)
     assert x.std().item() == pytest.approx(0.5, rel=0.03)
     assert abs(x.mean().item()) < 0.02
 

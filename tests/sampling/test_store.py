@@ -190,7 +190,7 @@ def test_other_outputs_are_not_written_into_unless_they_are_the_jobs_own(tmp_pat
     make(tmp_path).check(JOB, overwrite=False, others=[folder])
 
 
-def test_room_on_disk(tmp_path, monkeypatch):
+def test_too_little_room_on_disk_is_refused(tmp_path, monkeypatch):
     """Twice the images, less what the partial file already takes."""
     usage = namedtuple("usage", "total used free")
     free = [0]
@@ -212,7 +212,7 @@ def test_room_on_disk(tmp_path, monkeypatch):
         make(tmp_path, **shape).check(JOB, overwrite=False)
 
 
-def test_a_folder_that_cannot_be_written(tmp_path):
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "out").write_text("a file")
     with pytest.raises(InputError, match=r"--sample-dir: .*out is no folder that can be written"):
         make(tmp_path).check(JOB, overwrite=False)

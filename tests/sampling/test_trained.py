@@ -37,7 +37,7 @@ def test_repae_takes_the_statistics_of_the_average(exps, tmp_path):
         torch.testing.assert_close(scale, torch.full((1, 4, 1, 1), 0.5))
 
 
-def test_weights_of_another_kind(exps, tmp_path):
+def test_weights_of_another_kind_are_refused(exps, tmp_path):
     (tmp_path / "args.json").write_text("[1]")
     (tmp_path / "checkpoints").mkdir()
     contents = torch.load(exps / "repae" / "checkpoints" / "0000007.pt")

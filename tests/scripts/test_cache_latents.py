@@ -13,6 +13,7 @@ from models.posterior import encode_moments, measure_latent_statistics, to_mean_
 from models.vae import build_vae
 from models.vae_files import save_vae_files
 from models.vae_keys import to_ldm
+from tests.support import small
 from tests.support.forks import Fork
 from utils.files import sha256
 from utils.images import to_signed
@@ -43,23 +44,11 @@ def make_data(folder, count, size=32):
 
 
 def flags(place, name, *more, batch=8):
-    return [
-        "--vae-arch",
-        "f4d4-tiny",
-        "--vae-ckpt-path",
-        str(place / "vae.pt"),
-        "--vae-latents-name",
-        name,
-        "--data-dir",
-        str(place / "data"),
-        "--output-dir",
-        str(place),
-        "--pproc-batch-size",
-        str(batch),
-        "--num-workers",
-        "0",
-        *more,
-    ]
+    vae, where = (
+        dict(vae_arch="f4d4-tiny", vae_ckpt_path=place / "vae.pt"),
+        dict(data_dir=place / "data", output_dir=place),
+    )
+    return [*small.argv(**vae, **where, vae_latents_name=name, pproc_batch_size=batch, num_workers=0), *more]
 
 
 def refused(capsys, arguments):
@@ -77,7 +66,7 @@ def whole(place):
 
 
 @torch.no_grad()
-def test_the_cache(whole, place, vae):
+def test_the_cache_holds_the_posteriors_and_says_of_what(whole, place, vae):
     data = ImageData(place / "data")
     pixels = to_signed(data.__getitems__(range(COUNT))[0])
     expected = to_mean_std(encode_moments(vae, pixels))
@@ -111,7 +100,7 @@ def test_a_killed_job_goes_on(whole, place, monkeypatch):
     assert not list(place.glob("killed.*tmp*"))
 
 
-def test_stored_statistics_and_diffusers_folders(whole, place, vae):
+def test_a_vaes_own_statistics_are_kept_from_a_file_or_a_folder(whole, place, vae):
     scale, bias = torch.full((4,), 2.0), torch.arange(4.0)
     folder = save_vae_files(place, "saved", vae, scale, bias)
     for name, path in (("file", folder / "saved.pt"), ("folder", folder / "diffusers")):
@@ -122,7 +111,7 @@ def test_stored_statistics_and_diffusers_folders(whole, place, vae):
         assert latents.info["latents_scale"] == [2.0] * 4 and latents.info["latents_bias"] == [0.0, 1.0, 2.0, 3.0]
 
 
-def test_a_finished_cache(whole, place, capsys):
+def test_a_finished_cache_is_left_alone(whole, place, capsys):
     before = (place / "whole.npy").stat().st_mtime_ns
     cache_latents.main(flags(place, "whole"))
     assert "is there already" in capsys.readouterr().out
@@ -132,7 +121,7 @@ def test_a_finished_cache(whole, place, capsys):
     assert (place / "whole.npy").stat().st_mtime_ns == before
 
 
-def test_bad_input(place, capsys):
+def test_bad_input_is_refused(place, capsys):
     make_data(place / "odd", 3, size=30)
     for message, more in {
         "--data-dir: none is not a folder": ["--data-dir", "none"],
@@ -146,7 +135,7 @@ def test_bad_input(place, capsys):
     assert not list(place.glob("bad*"))
 
 
-def test_latents_that_are_not_finite(place, vae, capsys):
+def test_latents_that_are_not_finite_are_refused(place, vae, capsys):
     broken = to_ldm(vae)
     broken["quant_conv.bias"] = torch.full_like(broken["quant_conv.bias"], float("nan"))
     torch.save(broken, place / "nan.pt")

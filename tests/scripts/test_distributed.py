@@ -63,13 +63,13 @@ def other_jobs(place, inputs, output, *, batch_sizes=(32, 32)) -> dict[str, tupl
     cache = small.cache_options(place, "cache", output_dir=output, vae_ckpt_path=inputs / "bare.pt")
     sets = dict(samples=inputs / "samples.npz", reference=inputs / "real.npz", features=features)
     evaluation = small.argv(**sets, batch_size=of_samples, output=output / "evaluate.json")
-    images = dict(data_dir=inputs / "images.npz", lpips=False, features=features, batch_size=of_images)
-    vaes = ["--vae-ckpt", str(inputs / "before"), str(inputs / "after")]
-    reconstruction = small.argv(reconstruct=True, **images, output=output / "reconstruct.json")
+    images = dict(reconstruct=True, vae_ckpt=[inputs / "before", inputs / "after"], data_dir=inputs / "images.npz")
+    images |= dict(lpips=False, features=features, batch_size=of_images)
+    reconstruction = small.argv(**images, output=output / "reconstruct.json")
     return {
         "cache": ("cache_latents", cache),
         "evaluate": ("evaluate", evaluation),
-        "reconstruct": ("evaluate", [*reconstruction, *vaes]),
+        "reconstruct": ("evaluate", reconstruction),
     }
 
 
@@ -198,7 +198,7 @@ def test_the_normaliser_sees_the_joined_batch(two):
         ("other statistics", "was made in the space of inception"),
     ],
 )
-def test_refused_once_for_all(job, message, two):
+def test_bad_input_is_refused_once_for_all(job, message, two):
     """Exit code 2 on both, one line on stderr from rank 0 alone, and nothing written."""
     output, first, second = two
     assert first[job]["code"] == second[job]["code"] == 2

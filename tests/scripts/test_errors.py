@@ -83,6 +83,9 @@ def write_checkpoints(exps, good):
     (exps / "truncated" / "checkpoints" / "0000001.pt").write_bytes(whole[: len(whole) // 2])
 
 
+LPIPS = dict(loss_cfg_path="{bad}/lpips.yaml")
+DINOV2 = dict(enc_type="dinov2-vit-b", data_dir="{bad}/data32", resolution=32)
+NO_WEIGHTS = "--enc-type: dinov2-vit-b has no weights here"
 # script, changed options ({bad} and {place} are folders), what the one line must hold
 CASES = [
     # data
@@ -131,30 +134,11 @@ CASES = [
     ("train_repae", dict(enc_type="None"), "--enc-type", "train_ldm_only.py"),
     ("train_repae", dict(enc_type="timm:vit_none"), "--enc-type", "timm:vit_none"),
     ("train_repae", dict(enc_ckpt="{bad}/none.pt"), "--enc-ckpt: {bad}/none.pt"),
-    (
-        "train_repae",
-        dict(enc_type="dinov2-vit-b", data_dir="{bad}/data32", resolution=32),
-        "--enc-type: dinov2-vit-b has no weights here",
-        "https://dl.fbaipublicfiles.com",
-        "put it at",
-        "--enc-ckpt",
-    ),
+    ("train_repae", DINOV2, NO_WEIGHTS, "https://dl.fbaipublicfiles.com", "put it at", "--enc-ckpt"),
     ("train_ldm_only", dict(enc_type="None"), "--enc-type None", "--proj-coeff 0"),
-    (
-        "train_repae",
-        dict(loss_cfg_path="{bad}/lpips.yaml"),
-        "LPIPS needs VGG16",
-        "https://download.pytorch.org",
-        "put it at",
-        "--lpips-weights",
-    ),
-    ("train_vae", dict(loss_cfg_path="{bad}/lpips.yaml"), "LPIPS needs VGG16", "--lpips-weights"),
-    (
-        "train_vae",
-        dict(loss_cfg_path="{bad}/lpips.yaml", lpips_weights="{bad}/other.pt"),
-        "--lpips-weights",
-        "lacks 'features.0.weight'",
-    ),
+    ("train_repae", LPIPS, "LPIPS needs VGG16", "https://download.pytorch.org", "put it at", "--lpips-weights"),
+    ("train_vae", LPIPS, "LPIPS needs VGG16", "--lpips-weights"),
+    ("train_vae", LPIPS | dict(lpips_weights="{bad}/other.pt"), "--lpips-weights", "lacks 'features.0.weight'"),
     ("train_repae", dict(loss_cfg_path="{bad}/none.yaml"), "--loss-cfg-path: {bad}/none.yaml cannot be read"),
     ("train_repae", dict(loss_cfg_path="{bad}/unknown_key.yaml"), "--loss-cfg-path", "'perceptual_wait'", "keys are"),
     # the run's folder, and resuming
@@ -242,7 +226,7 @@ def alone(tmp_path, monkeypatch):
     [(script, options, needed) for script, options, *needed in CASES],
     ids=[f"{script}-{'-'.join(f'{k}={v}' for k, v in options.items())}" for script, options, *_ in CASES],
 )
-def test_refused(script, options, needed, place, bad, alone, capsys):
+def test_bad_input_is_one_line_and_touches_nothing(script, options, needed, place, bad, alone, capsys):
     argv = command_line(script, place, bad, options)
     line = refused(script, argv, (place.folder, bad, alone), capsys)
     for part in needed:
@@ -250,7 +234,7 @@ def test_refused(script, options, needed, place, bad, alone, capsys):
 
 
 @pytest.mark.parametrize("script", MAIN)
-def test_the_disk_is_too_small(script, place, bad, alone, capsys, monkeypatch):
+def test_a_disk_that_is_too_small_is_refused(script, place, bad, alone, capsys, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10**9, 10**9, 100))
     options = {}
@@ -265,7 +249,7 @@ def test_the_disk_is_too_small(script, place, bad, alone, capsys, monkeypatch):
     assert flag.get(script, "--output-dir") in line
 
 
-def test_latents_of_another_data_set(place, bad, alone, capsys):
+def test_latents_of_another_data_set_are_refused(place, bad, alone, capsys):
     other = small.write_data(alone / "other", count=24)
     for suffix in (".npy", ".json"):
         shutil.copy(place.data / f"{place.latents}{suffix}", other)
@@ -287,7 +271,7 @@ def test_latents_that_are_not_finite_are_found_before_the_old_run_is_deleted(pla
     assert "--vae-ckpt" in line and "not finite" in line
 
 
-def test_processes_that_do_not_know_each_other(place, bad, alone, capsys, monkeypatch):
+def test_processes_that_do_not_know_each_other_are_refused(place, bad, alone, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     line = refused("train_repae", small.repae_options(place, bad / "exps", "new"), (place.folder, bad, alone), capsys)
     assert "the launcher started 2 processes" in line and "torchrun" in line

@@ -14,6 +14,7 @@ from evaluation.evaluator import compare
 from evaluation.features import exact_float32, load_features
 from evaluation.metrics import inception_score
 from evaluation.reconstruction import measure_reconstruction
+from tests.support import small
 from tests.support.evaluation_data import (
     as_images,
     encoder_folder,
@@ -45,12 +46,11 @@ def space(place: Path) -> list[str]:
 
 def numbers(path: Path) -> dict:
     contents = json.loads(path.read_text())
-    return {
-        key: contents[key] for key in contents if key.startswith(("fd_", "fid", "sfid", "inception_s", "prec", "rec"))
-    }
+    names = ("fd_", "fid", "sfid", "inception_s", "prec", "rec")
+    return {key: value for key, value in contents.items() if key.startswith(names)}
 
 
-def test_script_prints_and_writes_the_numbers(place, capsys):
+def test_the_numbers_are_printed_and_written(place, capsys):
     run("--samples", place / "samples.npz", "--reference", place / "real.npz", *space(place))
     found = numbers(place / "samples-vs-real-encoder-mean-tokens.json")
     assert list(found) == [f"{name}_encoder-mean-tokens" for name in ("fd", "precision", "recall")]
@@ -64,38 +64,21 @@ def test_script_prints_and_writes_the_numbers(place, capsys):
 def test_statistics_saved_once_serve_as_reference(place, capsys):
     run("--reference", place / "real.npz", "--save-stats", place / "stats.npz", *space(place))
     for reference, output in (("real.npz", "direct.json"), ("stats.npz", "saved.json")):
-        run(
-            "--samples",
-            place / "samples.npz",
-            "--reference",
-            place / reference,
-            *space(place),
-            "--output",
-            place / output,
-            "--batch-size",
-            7,
-        )
+        sets = small.argv(samples=place / "samples.npz", reference=place / reference)
+        run(*sets, *space(place), "--output", place / output, "--batch-size", 7)
     assert numbers(place / "saved.json") == pytest.approx(numbers(place / "direct.json"), rel=1e-9)
     with pytest.raises(SystemExit):
         run("--reference", place / "real.npz", "--save-stats", place / "stats.npz", *space(place))
     assert "--save-stats" in capsys.readouterr().err
 
 
-def test_script_with_inception(place):
+def test_inception_gives_the_metrics_of_its_features(place):
     """The real graph on a few images, against the metrics of its features taken directly."""
     weights = inception_file(place)
     for name, seed in (("few", 5), ("others", 6)):
         samples_file(place / f"{name}.npz", 6, 24, seed)
-    run(
-        "--samples",
-        place / "few.npz",
-        "--reference",
-        place / "others.npz",
-        "--inception-weights",
-        weights,
-        "--batch-size",
-        3,
-    )
+    sets = small.argv(samples=place / "few.npz", reference=place / "others.npz")
+    run(*sets, "--inception-weights", weights, "--batch-size", 3)
     found = numbers(place / "few-vs-others-inception.json")
     network = load_features("inception", (24, 24), weights=weights)
     with exact_float32(CPU):
@@ -205,18 +188,9 @@ def vaes(tmp_path_factory):
 
 
 def reconstruction_flags(vaes: Path, *arguments) -> list[str]:
-    fixed = [
-        "--reconstruct",
-        "--vae-ckpt",
-        vaes / "before",
-        vaes / "after",
-        "--data-dir",
-        vaes / "images.npz",
-        "--no-lpips",
-        "--features",
-        f"timm:local-dir:{vaes / 'encoder'}",
-    ]
-    return [str(argument) for argument in (*fixed, *arguments)]
+    both = dict(reconstruct=True, vae_ckpt=[vaes / "before", vaes / "after"], data_dir=vaes / "images.npz")
+    fixed = small.argv(**both, lpips=False, features=f"timm:local-dir:{vaes / 'encoder'}")
+    return [*fixed, *map(str, arguments)]
 
 
 def reconstruct(vaes: Path, *arguments) -> dict:
@@ -224,7 +198,7 @@ def reconstruct(vaes: Path, *arguments) -> dict:
     return json.loads((vaes / "after-reconstruction.json").read_text())
 
 
-def test_script_compares_two_vaes(vaes, capsys):
+def test_two_vaes_are_compared(vaes, capsys):
     found = reconstruct(vaes)
     assert list(found["results"]) == ["before", "after"] and found["count"] == 24
     vae, source = small_vae(1), ImageArray(np.load(vaes / "images.npz")["arr_0"], "images")
@@ -235,7 +209,7 @@ def test_script_compares_two_vaes(vaes, capsys):
     assert "before (24 images)" in capsys.readouterr().out
 
 
-def test_script_takes_an_even_selection(vaes):
+def test_max_images_takes_so_many(vaes):
     assert reconstruct(vaes, "--max-images", 10, "--num-picture", 0)["count"] == 10
 
 

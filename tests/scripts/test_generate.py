@@ -52,7 +52,7 @@ def draws(monkeypatch):
 
 
 @pytest.mark.parametrize("batch_size", [3, 20])
-def test_another_batch_size(exps, whole, tmp_path, draws, batch_size):
+def test_the_batch_size_moves_no_draw_and_hardly_a_level(exps, whole, tmp_path, draws, batch_size):
     other = draw(exps, tmp_path / "a", mode="sde", pproc_batch_size=batch_size)
     found = dict(draws)
     draw(exps, tmp_path / "b", mode="sde", pproc_batch_size=BATCH)  # `draws` compares every bit with those before
@@ -71,7 +71,7 @@ def test_the_number_of_samples_does_not_matter(exps, whole, tmp_path):
     assert np.array_equal(fewer.images, whole.images[:13]) and np.array_equal(fewer.labels, whole.labels[:13])
 
 
-def test_the_seed_does(exps, whole, tmp_path):
+def test_the_seed_does_matter(exps, whole, tmp_path):
     other = draw(exps, tmp_path, mode="sde", global_seed=1)
     assert not np.array_equal(other.labels, whole.labels)
     assert (difference(other.images, whole.images).max(axis=(1, 2, 3)) > 20).all()
@@ -201,7 +201,7 @@ def scheme(count: int = COUNT, **options) -> np.ndarray:
     return labels.label_scheme(args, CLASSES)(range(count)).numpy()
 
 
-def test_label_schemes():
+def test_labels_are_drawn_or_dealt_as_asked_for():
     random = scheme(5000)
     assert np.array_equal(random, sample_labels(0, range(5000), CLASSES).numpy())
     assert np.bincount(random, minlength=CLASSES).min() > 400
@@ -216,7 +216,7 @@ def test_label_schemes():
 # Record and evaluation
 
 
-def test_record(exps, whole):
+def test_the_record_says_what_was_done_with_what(exps, whole):
     record = whole.record
     assert record["run"] == "repae" and record["step"] == 7
     assert record["checkpoint"] == str(exps / "repae" / "checkpoints" / "0000007.pt")
@@ -234,14 +234,8 @@ def test_record(exps, whole):
 def test_evaluation_gives_what_evaluate_py_gives(exps, whole, elsewhere, tmp_path, monkeypatch, capsys):
     """Also by two processes, and also when some batches are read back from the partial file."""
     measured = elsewhere.measured
-    evaluate.main(
-        small.argv(
-            samples=whole.npz,
-            reference=measured["evaluate"],
-            features=measured["features"],
-            output=tmp_path / "expected.json",
-        )
-    )
+    sets = dict(samples=whole.npz, reference=measured["evaluate"], features=measured["features"])
+    evaluate.main(small.argv(**sets, output=tmp_path / "expected.json"))
     expected = json.loads((tmp_path / "expected.json").read_text())
     capsys.readouterr()
 

@@ -34,7 +34,7 @@ def test_nfe_is_what_was_evaluated(exps, tmp_path, monkeypatch, options, nfe, do
     assert job.record["sampler"]["num_steps"] == 3
 
 
-def test_ema_and_raw_weights(exps, tmp_path):
+def test_no_ema_samples_the_raw_weights(exps, tmp_path):
     ema, raw = draw(exps, tmp_path / "ema"), draw(exps, tmp_path / "raw", ema=False)
     assert (difference(ema.images, raw.images).max(axis=(1, 2, 3)) > 5).all() and raw.npz.stem.endswith("no-ema")
     assert np.array_equal(raw.images, draw(exps, tmp_path / "swapped", "swapped").images)
@@ -64,7 +64,7 @@ def test_precision_flags_set_tf32(exps, tmp_path):
         assert job.record["tf32"] == allowed
 
 
-def test_pictures(exps, tmp_path):
+def test_pictures_show_the_samples_of_the_file(exps, tmp_path):
     job = draw(exps, tmp_path, num_fid_samples=10, save_png=True, grid="2x3", trajectory=True, num_steps=12)
     pictures = sorted(path.name for path in job.npz.with_suffix("").iterdir())
     assert pictures == [f"{i:06d}.png" for i in range(10)]
@@ -104,13 +104,13 @@ def test_trajectory_leads_from_the_noise_to_the_sample(exps, tmp_path, options, 
             assert distances == sorted(distances, reverse=True)
 
 
-def test_default_name_is_the_contracts():
+def test_the_default_name_is_the_contracts():
     args = generate.generate_parser().parse_args(["--exp-path", "exps/my-run"])
     assert generate.output_name(args, SimpleNamespace(name="my-run", step=400000)) == "my-run_0400000_cfg1.5-0.0-1.0"
 
 
 @pytest.mark.slow
-def test_compiled(exps, tmp_path):
+def test_compiled_samples_are_near_and_reproducible(exps, tmp_path):
     options = dict(guidance_low=0.5, guidance_high=0.9, trajectory=True)
     eager, compiled = draw(exps, tmp_path / "a", **options), draw(exps, tmp_path / "b", compile=True, **options)
     apart = difference(eager.images, compiled.images)
@@ -171,7 +171,7 @@ def test_a_public_checkpoint_needs_no_encoder(exps, tmp_path, monkeypatch):
         ("repae", dict(inception_weights="x.pth"), ["--inception-weights goes with --evaluate"]),
     ],
 )
-def test_refused(exps, bad, capsys, run, options, needed):
+def test_bad_options_are_one_line_and_touch_nothing(exps, bad, capsys, run, options, needed):
     options = {key: value.format(folder=bad) if isinstance(value, str) else value for key, value in options.items()}
     line = refused(flags(exps, bad / "new", run, **options), capsys, exps, bad)
     for part in needed:
@@ -197,7 +197,7 @@ def test_the_path_does_not_matter_along_the_ode(exps, tmp_path):
     assert job.record["sampler"]["path_type"] == "cosine"
 
 
-def test_samples_that_are_not_finite(exps, tmp_path, capsys):
+def test_samples_that_are_not_finite_are_refused(exps, tmp_path, capsys):
     contents = torch.load(exps / "repae" / "checkpoints" / "0000007.pt")
     contents["ema"]["final_layer.linear.bias"][0] = float("inf")
     (tmp_path / "exp" / "checkpoints").mkdir(parents=True)

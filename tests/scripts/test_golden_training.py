@@ -28,12 +28,7 @@ class RecordedDraws:
     """The draws of one step, as the fixture holds them."""
 
     def __init__(self, arrays, step):
-        names = {
-            "posterior": "posterior_eps",
-            "noise": "noises",
-            "time": "raw_time_draw",
-            "label": "label_drop_uniform",
-        }
+        names = dict(posterior="posterior_eps", noise="noises", time="raw_time_draw", label="label_drop_uniform")
         self.values = {purpose: torch.from_numpy(arrays[f"in.{name}"][step]) for purpose, name in names.items()}
 
     def normal(self, purpose, *shape):
@@ -50,6 +45,12 @@ def fake_run(arrays):
         autocast=contextlib.nullcontext,
         synchronised=lambda *modules, when: contextlib.nullcontext(),
     )
+
+
+def recorded_encoders(arrays, now):
+    """Encoders that give the recorded targets of the step `now.step`."""
+    targets = [key for key in arrays if key.startswith("in.zs.")]
+    return [lambda images, key=key: torch.from_numpy(arrays[key][now.step]) for key in targets]
 
 
 def build_sit(arrays, meta, *, learn_pos_embed):
@@ -104,15 +105,15 @@ def check_logs(meta, step, logs, tolerances):
 
 
 def check_deltas(meta, arrays, net, before, after, *, rel, rate=None):
+    before, after = before[net], after[net]
     key_biases = set(meta["k_bias_keys"].get(net, ()))
     for name, norm in meta["delta_l2"][net].items():
         if name not in key_biases and after[name].is_floating_point():
             moved = (after[name] - before[name]).double().norm().item()
             assert abs(moved - norm) <= rel * norm + 1e-12, (net, name, moved, norm)
     if rate is not None:
-        check_samples(
-            meta["delta_samples_layout"][net], arrays[f"delta_samples.{net}"], key_biases, before, after, rate
-        )
+        layout, samples = meta["delta_samples_layout"][net], arrays[f"delta_samples.{net}"]
+        check_samples(layout, samples, key_biases, before, after, rate)
 
 
 def check_samples(layout, expected, key_biases, before, after, rate):
@@ -139,7 +140,7 @@ REPAE_LOG_TOLERANCES = {
 
 
 @pytest.mark.parametrize("name", REPAE_LOG_TOLERANCES)
-def test_repae(name, lpips):
+def test_three_repae_steps_are_those_of_the_public_code(name, lpips):
     arrays, meta = load(name)
     lowlr = name.endswith("lowlr")
     config = VAELossConfig()
@@ -149,56 +150,28 @@ def test_repae(name, lpips):
     discriminator.load_state_dict(filled({k: v.shape for k, v in discriminator.state_dict().items()}))
     sit, ema, ema_fast = build_sit(arrays, meta, learn_pos_embed=True)
     trainable = TrainableVAE(vae)
-    targets = [key for key in arrays if key.startswith("in.zs.")]
     now = SimpleNamespace(step=0)
-    nets = SimpleNamespace(
-        sit=sit,
-        sit_ddp=sit,
-        ema=ema,
-        vae=trainable,
-        vae_ddp=trainable,
-        discriminator=discriminator.train(),
-        discriminator_ddp=discriminator,
-        vae_loss=VAELoss(config, lpips),
-        discriminator_loss=DiscriminatorLoss(config),
-        latent_shape=arrays["in.noises"].shape[2:],
-        encoders=[lambda images, key=key: torch.from_numpy(arrays[key][now.step]) for key in targets],
-    )
-    vae.train()
+    nets = SimpleNamespace(sit=sit, sit_ddp=sit, ema=ema, vae=trainable.train(), vae_ddp=trainable)
+    nets.discriminator = nets.discriminator_ddp = discriminator.train()
+    nets.vae_loss, nets.discriminator_loss = VAELoss(config, lpips), DiscriminatorLoss(config)
+    nets.latent_shape, nets.encoders = arrays["in.noises"].shape[2:], recorded_encoders(arrays, now)
     optimizers = SimpleNamespace(
         opt=adamw(meta, sit.named_parameters()),
         opt_vae=adamw(meta, ldm_parameters(vae), "vae_learning_rate"),
         opt_disc=adamw(meta, discriminator.named_parameters(), "disc_learning_rate"),
     )
-    norms = {
-        net: GradientNorms(getattr(optimizers, key))
-        for net, key in (("sit", "opt"), ("vae", "opt_vae"), ("discriminator", "opt_disc"))
-    }
-    states = {
-        "sit": sit.state_dict,
-        "ema": ema.state_dict,
-        "ema_fast": ema_fast.state_dict,
-        "vae": lambda: to_ldm(vae),
-        "discriminator": discriminator.state_dict,
-    }
+    of_net = {"sit": optimizers.opt, "vae": optimizers.opt_vae, "discriminator": optimizers.opt_disc}
+    norms = {net: GradientNorms(optimizer) for net, optimizer in of_net.items()}
+    modules = {"sit": sit, "ema": ema, "ema_fast": ema_fast, "discriminator": discriminator}
+    states = {name: module.state_dict for name, module in modules.items()} | {"vae": lambda: to_ldm(vae)}
     before = {net: snapshot(state()) for net, state in states.items()}
     noising = Noising(meta["config"]["path"], meta["config"]["weighting"])
+    settings = dict(micro_steps=1, noising=noising, proj_coeff=0.5, vae_align_proj_coeff=1.5, ema_decay=0.9999)
 
     for step in range(3):
         now.step = step
-        images, labels = (torch.from_numpy(arrays[key][step]) for key in ("in.image_u8", "in.labels"))
-        logs = train_repae.train_step(
-            fake_run(arrays),
-            nets,
-            optimizers,
-            iter([(images, labels)]),
-            step,
-            micro_steps=1,
-            noising=noising,
-            proj_coeff=0.5,
-            vae_align_proj_coeff=1.5,
-            ema_decay=0.9999,
-        )
+        batch = iter([[torch.from_numpy(arrays[key][step]) for key in ("in.image_u8", "in.labels")]])
+        logs = train_repae.train_step(fake_run(arrays), nets, optimizers, batch, step, **settings)
         update_ema(ema_fast, sit, 0.5)
         check_logs(meta, step, logs, REPAE_LOG_TOLERANCES[name])
         for key, buffer in (("bn_mean", sit.bn.running_mean), ("bn_var", sit.bn.running_var)):
@@ -206,27 +179,17 @@ def test_repae(name, lpips):
         for net, expected in meta["grad_l2_before_clip"][step].items():
             key_biases = set(meta["k_bias_keys"].get(net, ()))
             for parameter, norm in expected.items():
-                found = norms[net].norms[step][parameter]
-                assert parameter in key_biases or abs(found - norm) <= [1e-3, 1e-2, 5e-2][step] * norm, (
-                    step,
-                    parameter,
-                )
+                apart = abs(norms[net].norms[step][parameter] - norm)
+                assert parameter in key_biases or apart <= [1e-3, 1e-2, 5e-2][step] * norm, (step, parameter)
 
     after = {net: snapshot(state()) for net, state in states.items()}
     rel, hyper = 1e-2 if lowlr else 3e-2, meta["hyperparameters"]
-    check_deltas(meta, arrays, "sit", before["sit"], after["sit"], rel=rel, rate=hyper["learning_rate"])
-    check_deltas(
-        meta,
-        arrays,
-        "vae",
-        before["vae"],
-        after["vae"],
-        rel=rel,
-        rate=hyper.get("vae_learning_rate", hyper["learning_rate"]),
-    )
-    check_deltas(meta, arrays, "discriminator", before["discriminator"], after["discriminator"], rel=rel)
-    check_deltas(meta, arrays, "ema_fast", before["ema_fast"], after["ema_fast"], rel=rel)
-    check_deltas(meta, arrays, "ema", before["ema"], after["ema"], rel=5e-2)
+    vae_rate = hyper.get("vae_learning_rate", hyper["learning_rate"])
+    check_deltas(meta, arrays, "sit", before, after, rel=rel, rate=hyper["learning_rate"])
+    check_deltas(meta, arrays, "vae", before, after, rel=rel, rate=vae_rate)
+    check_deltas(meta, arrays, "discriminator", before, after, rel=rel)
+    check_deltas(meta, arrays, "ema_fast", before, after, rel=rel)
+    check_deltas(meta, arrays, "ema", before, after, rel=5e-2)
     assert sit.bn.num_batches_tracked == arrays["final.sit.bn.num_batches_tracked"]
     scale, bias = ema.latent_stats()
     close(scale, arrays["extracted.latents_scale"], 1e-4)
@@ -234,39 +197,24 @@ def test_repae(name, lpips):
 
 
 @pytest.mark.parametrize("name", ["traj_ldm_a", "traj_ldm_b"])
-def test_ldm_only(name):
+def test_three_ldm_only_steps_are_those_of_the_public_code(name):
     arrays, meta = load(name)
     sit, ema, ema_fast = build_sit(arrays, meta, learn_pos_embed=False)
-    targets = [key for key in arrays if key.startswith("in.zs.")]
-    now = SimpleNamespace(step=0)
-    nets = SimpleNamespace(
-        sit=sit,
-        sit_ddp=sit,
-        ema=ema,
-        latent_shape=arrays["in.noises"].shape[2:],
-        encoders=[lambda images, key=key: torch.from_numpy(arrays[key][now.step]) for key in targets],
-    )
+    now, latent_shape = SimpleNamespace(step=0), arrays["in.noises"].shape[2:]
+    encoders = recorded_encoders(arrays, now)
+    nets = SimpleNamespace(sit=sit, sit_ddp=sit, ema=ema, latent_shape=latent_shape, encoders=encoders)
     optimizer = adamw(meta, sit.named_parameters())
     norms = GradientNorms(optimizer)
     states = {"sit": sit.state_dict, "ema": ema.state_dict, "ema_fast": ema_fast.state_dict}
     before = {net: snapshot(state()) for net, state in states.items()}
     noising = Noising(meta["config"]["path"], meta["config"]["weighting"])
+    settings = dict(micro_steps=1, noising=noising, proj_coeff=0.5, ema_decay=0.9999)
 
     for step in range(3):
         now.step = step
         mean_std, labels = (torch.from_numpy(arrays[key][step]) for key in ("in.moments", "in.labels"))
         batch = iter([(mean_std, torch.zeros(len(labels), 3, 8, 8, dtype=torch.uint8), labels)])
-        logs = train_ldm_only.train_step(
-            fake_run(arrays),
-            nets,
-            optimizer,
-            batch,
-            step,
-            micro_steps=1,
-            noising=noising,
-            proj_coeff=0.5,
-            ema_decay=0.9999,
-        )
+        logs = train_ldm_only.train_step(fake_run(arrays), nets, optimizer, batch, step, **settings)
         update_ema(ema_fast, sit, 0.5)
         check_logs(meta, step, logs, lambda step, name: (1e-5, 1e-6))
         key_biases = set(meta["k_bias_keys"]["sit"])
@@ -275,7 +223,7 @@ def test_ldm_only(name):
             assert parameter in key_biases or abs(found - norm) <= 1e-4 * norm, (step, parameter)
 
     after = {net: snapshot(state()) for net, state in states.items()}
-    check_deltas(meta, arrays, "sit", before["sit"], after["sit"], rel=1e-4, rate=1e-4)
-    check_deltas(meta, arrays, "ema_fast", before["ema_fast"], after["ema_fast"], rel=1e-4)
+    check_deltas(meta, arrays, "sit", before, after, rel=1e-4, rate=1e-4)
+    check_deltas(meta, arrays, "ema_fast", before, after, rel=1e-4)
     assert torch.equal(after["sit"]["bn.running_var"], before["sit"]["bn.running_var"])
     assert torch.equal(after["sit"]["pos_embed"], before["sit"]["pos_embed"])

@@ -151,14 +151,14 @@ def test_on_error_stop_names_the_first_file(tree, refused):
     assert "--on-error stop: " in line and "a/cut.jpg: image file is truncated" in line
 
 
-def test_nothing_readable(tmp_path, refused):
+def test_a_tree_without_a_readable_image_is_refused(tmp_path, refused):
     for name in "xy":
         save(tmp_path / "in" / f"{name}.png")
         (tmp_path / "in" / f"{name}.png").write_bytes(b"")
     assert "none of 2 images is readable (first: x.png: empty file)" in refused(tmp_path / "in")
 
 
-def test_files_of_every_mode(tmp_path):
+def test_files_of_every_mode_show_the_same_picture(tmp_path):
     """One picture in many files: all give about the same pixels, lossless ones the same."""
     root, colours = tmp_path / "in", np.repeat(np.repeat(synth_image(4, 4, 5), 8, axis=0), 8, axis=1)
     rgb, grey = Image.fromarray(colours), Image.fromarray(colours).convert("L")
@@ -231,7 +231,7 @@ def test_a_dataset_json_of_another_kind_is_ignored_aloud(tree, tmp_path, caplog,
         ('{"labels": ', "cannot be read as JSON"),
     ],
 )
-def test_labels_that_do_not_fit(tree, refused, content, words):
+def test_labels_that_do_not_fit_are_refused(tree, refused, content, words):
     (tree / "dataset.json").write_text(content)
     assert words in refused(tree)
 
@@ -239,7 +239,7 @@ def test_labels_that_do_not_fit(tree, refused, content, words):
 # --- what bad input gets
 
 
-def test_bad_input(tmp_path, tree, refused):
+def test_folders_that_cannot_be_meant_are_refused(tmp_path, tree, refused):
     assert f"--imagenet-path: {tmp_path / 'no'} is not a folder" in refused(tmp_path / "no")
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "a.gif").write_bytes(b"GIF89a")
@@ -250,7 +250,7 @@ def test_bad_input(tmp_path, tree, refused):
     assert "1 images lie beside the class folders" in refused(tree)
 
 
-def test_a_disk_too_small(tree, tmp_path, refused, monkeypatch):
+def test_a_disk_that_is_too_small_is_refused(tree, tmp_path, refused, monkeypatch):
     monkeypatch.setattr("utils.files.shutil.disk_usage", lambda path: type("Usage", (), {"free": 10})())
     line = refused(tree, output=tmp_path / "new" / "out")
     assert "--output-path: 5 images of 16 x 16: " in line and "GB are free" in line
@@ -301,7 +301,7 @@ def test_a_killed_process_is_one_line(tree, refused, monkeypatch):
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
-def test_the_command_line(tree, tmp_path):
+def test_the_command_prints_one_line(tree, tmp_path):
     command = [sys.executable, "preprocessing.py", "--imagenet-path", str(tree), "--output-path", str(tmp_path / "out")]
     done = subprocess.run([*command, "--num-workers", "2"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""

@@ -62,15 +62,8 @@ def runs(place, tmp_path_factory):
 
 def test_a_public_repae_run_goes_on(runs, place, tmp_path):
     """As the same run of ours would have, bit for bit."""
-    arguments = small.repae_options(
-        place,
-        tmp_path,
-        "run",
-        loss_cfg_path=runs / "loss.yaml",
-        resume_step=2,
-        continue_train_exp_dir=runs / "public-repae",
-    )
-    train_repae.main(arguments)
+    going_on = dict(resume_step=2, continue_train_exp_dir=runs / "public-repae")
+    train_repae.main(small.repae_options(place, tmp_path, "run", loss_cfg_path=runs / "loss.yaml", **going_on))
     actual, expected = small.checkpoint(tmp_path, "run", 4), small.checkpoint(runs, "repae", 4)
     assert actual.pop("args") and expected.pop("args")
     small.assert_same(actual, expected)
@@ -80,9 +73,8 @@ def test_a_public_ldm_only_run_goes_on(runs, place, tmp_path):
     """Index 0 of its optimiser, the fixed position table, has no state."""
     public = torch.load(runs / "public-ldm" / "checkpoints" / "0000002.pt", weights_only=False)
     assert isinstance(public["args"], Namespace) and 0 not in public["opt"]["state"] and 1 in public["opt"]["state"]
-    train_ldm_only.main(
-        small.ldm_options(place, tmp_path, "run", resume_step=2, continue_train_exp_dir=runs / "public-ldm")
-    )
+    going_on = dict(resume_step=2, continue_train_exp_dir=runs / "public-ldm")
+    train_ldm_only.main(small.ldm_options(place, tmp_path, "run", **going_on))
     actual, expected = small.checkpoint(tmp_path, "run", 4), small.checkpoint(runs, "ldm", 4)
     assert actual.pop("args") and expected.pop("args")
     small.assert_same(actual, expected)
@@ -91,23 +83,15 @@ def test_a_public_ldm_only_run_goes_on(runs, place, tmp_path):
 @pytest.mark.parametrize("kind", ["repae", "ldm"])
 def test_samples_of_a_public_checkpoint_are_those_of_ours(kind, runs, tmp_path):
     archives = []
+    job = dict(train_steps="2", num_fid_samples=3, pproc_batch_size=2, num_steps=2)
     for name in (kind, f"public-{kind}"):
-        generate.main(
-            small.argv(
-                exp_path=runs / name,
-                train_steps="2",
-                sample_dir=tmp_path / name,
-                num_fid_samples=3,
-                pproc_batch_size=2,
-                num_steps=2,
-            )
-        )
+        generate.main(small.argv(exp_path=runs / name, sample_dir=tmp_path / name, **job))
         (archive,) = (tmp_path / name).glob("*.npz")
         archives.append(archive.read_bytes())
     assert archives[0] == archives[1]
 
 
-def test_the_vae_of_a_public_checkpoint(runs, tmp_path):
+def test_the_vae_of_a_public_checkpoint_is_that_of_ours(runs, tmp_path):
     for name in ("repae", "public-repae"):
         path = runs / name / "checkpoints" / "0000002.pt"
         save_vae_weights.main(small.argv(repae_ckpt=path, vae_name="e2e", save_dir=tmp_path / name))

@@ -10,6 +10,7 @@ import save_vae_weights
 from models.discriminator import PatchDiscriminator
 from models.vae import build_vae, latent_statistics, load_vae, vae_config
 from models.vae_keys import to_ldm
+from tests.support import small
 from tests.support.golden_data import close, load
 
 ARRAYS, _ = load("traj_repae_f8d4_lowlr")  # its normaliser has 4 channels, as the tiny VAE
@@ -47,17 +48,8 @@ def checkpoint(vae, discriminator):
 
 def save(tmp_path, contents, *flags):
     torch.save(contents, tmp_path / "0000003.pt")
-    save_vae_weights.main(
-        [
-            "--repae-ckpt",
-            str(tmp_path / "0000003.pt"),
-            "--vae-name",
-            "e2e",
-            "--save-dir",
-            str(tmp_path / "exps"),
-            *flags,
-        ]
-    )
+    usual = small.argv(repae_ckpt=tmp_path / "0000003.pt", vae_name="e2e", save_dir=tmp_path / "exps")
+    save_vae_weights.main([*usual, *flags])
     return tmp_path / "exps" / "e2e"
 
 
@@ -82,7 +74,7 @@ def without_architecture(checkpoint, vae):
 
 
 @pytest.mark.parametrize("form", [public, ours, without_architecture])
-def test_the_files(form, checkpoint, vae, discriminator, tmp_path):
+def test_the_files_hold_the_checkpoints_vae_and_statistics(form, checkpoint, vae, discriminator, tmp_path):
     folder = save(tmp_path, form(checkpoint, vae))
     expected = {"e2e.pt", "e2e-latents-stats.pt", "e2e-discriminator-ckpt.pt", "diffusers"}
     assert {path.name for path in folder.iterdir()} == expected
@@ -108,12 +100,12 @@ def test_the_files(form, checkpoint, vae, discriminator, tmp_path):
         assert torch.equal(scale, stats["latents_scale"]) and torch.equal(bias, stats["latents_bias"])
 
 
-def test_without_discriminator(checkpoint, tmp_path):
+def test_without_a_discriminator_its_file_is_left_out(checkpoint, tmp_path):
     folder = save(tmp_path, {key: value for key, value in checkpoint.items() if key != "discriminator"})
     assert {path.name for path in folder.iterdir()} == {"e2e.pt", "e2e-latents-stats.pt", "diffusers"}
 
 
-def test_overwrite(checkpoint, vae, capsys, tmp_path):
+def test_overwrite_replaces_the_vaes_files_and_nothing_else(checkpoint, vae, capsys, tmp_path):
     folder = save(tmp_path, checkpoint)
     (folder / "notes.txt").write_text("mine")
     before = (folder / "e2e.pt").read_bytes()
@@ -129,7 +121,7 @@ def test_overwrite(checkpoint, vae, capsys, tmp_path):
         assert torch.equal(to_ldm(load_vae("auto", path))["quant_conv.bias"], changed["quant_conv.bias"])
 
 
-def test_bad_checkpoints(checkpoint, vae, capsys, tmp_path):
+def test_bad_checkpoints_are_one_line(checkpoint, vae, capsys, tmp_path):
     ldm_only = {key: checkpoint[key] for key in ("model", "ema", "opt", "args", "steps")}
     assert "holds no VAE: it is a checkpoint of train_ldm_only.py" in refused(capsys, tmp_path, ldm_only)
     assert "lacks the entry 'ema'" in refused(capsys, tmp_path, {"vae": to_ldm(vae), "model": {}})
@@ -145,7 +137,7 @@ def test_bad_checkpoints(checkpoint, vae, capsys, tmp_path):
     assert not (tmp_path / "exps").exists()
 
 
-def test_missing_and_damaged_checkpoints(checkpoint, capsys, tmp_path):
+def test_missing_and_damaged_checkpoints_are_one_line(checkpoint, capsys, tmp_path):
     for contents in (None, b"", b"<html>", b"PK\x03\x04cut"):
         path = tmp_path / "damaged.pt"
         path.unlink(missing_ok=True)

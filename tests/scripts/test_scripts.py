@@ -69,7 +69,7 @@ def test_every_script_runs(processes):
     assert [name for name in expected if not (folder / name).is_file()] == []
 
 
-def test_what_they_wrote(processes):
+def test_what_they_wrote_is_whole(processes):
     folder, _ = processes
     assert np.load(folder / "data" / "images.npy").shape == (6, 3, 24, 24)
     assert np.load(folder / "data" / "labels.npy").tolist() == [0, 0, 0, 1, 1, 1]

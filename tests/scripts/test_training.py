@@ -85,7 +85,7 @@ def test_a_killed_run_goes_on(whole, place, tmp_path):
     assert {path.name for path in checkpoints.iterdir()} == {"0000001.pt", "0000002.pt", "0000004.pt"}
 
 
-def test_resume_from_another_folder(whole, place, tmp_path):
+def test_a_run_goes_on_from_another_folder(whole, place, tmp_path):
     """`--resume-step N --continue-train-exp-dir D`, the public way: D stays as it is, the new folder gets the rest."""
     output, name = whole("train_ldm_only", gradient_accumulation_steps=1)
     before = small.listing(output / name)
@@ -113,13 +113,8 @@ def test_overwrite_replaces_the_run_and_nothing_else(whole, place, tmp_path):
     (tmp_path / "run" / "notes.txt").write_text("mine")
     train("train_ldm_only", place, tmp_path, "run", max_train_steps=2, overwrite=True)
     run = tmp_path / "run"
-    assert {path.name for path in run.iterdir()} == {
-        "args.json",
-        "checkpoints",
-        "log.txt",
-        "metrics.jsonl",
-        "notes.txt",
-    }
+    names = {"args.json", "checkpoints", "log.txt", "metrics.jsonl", "notes.txt"}
+    assert {path.name for path in run.iterdir()} == names
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["0000002.pt"]
     assert small.metrics(tmp_path, "run") == small.metrics(output, name)[:2]
 
@@ -128,11 +123,8 @@ def test_overwrite_replaces_the_run_and_nothing_else(whole, place, tmp_path):
 def test_previews_do_not_touch_training(script, whole, place, tmp_path, few_steps):
     train(script, place, tmp_path, "run", num_preview=4, sampling_steps=2, gradient_accumulation_steps=1)
     assert_same_training(tmp_path, "run", whole(script, gradient_accumulation_steps=1))
-    kinds = {
-        "train_repae": ("samples", "reconstructions"),
-        "train_ldm_only": ("samples",),
-        "train_vae": ("reconstructions",),
-    }[script]
+    both = ("samples", "reconstructions")
+    kinds = {"train_repae": both, "train_ldm_only": both[:1], "train_vae": both[1:]}[script]
     pictures = sorted((tmp_path / "run" / "samples").iterdir())
     assert [path.name for path in pictures] == sorted(f"{step:07d}-{kind}.png" for step in (2, 4) for kind in kinds)
     for path in pictures:  # one row of 8 cells, 4 of them filled
@@ -142,7 +134,7 @@ def test_previews_do_not_touch_training(script, whole, place, tmp_path, few_step
         assert pixels[:, : 4 * small.RESOLUTION].std() > 0 and not pixels[:, 4 * small.RESOLUTION :].any()
 
 
-def test_half_precision(place, tmp_path, whole):
+def test_bf16_is_near_and_fp16_needs_cuda(place, tmp_path, whole):
     """bf16 changes the numbers a little; fp16 without CUDA says so and changes nothing."""
     for script in SCRIPTS:
         train(script, place, tmp_path, script, mixed_precision="bf16", max_train_steps=2)
@@ -201,12 +193,8 @@ def test_each_network_has_its_own_optimiser_settings(place, tmp_path):
     saved = small.checkpoint(tmp_path, "run", 1)
     for key, rate in zip(("opt", "opt_vae", "opt_disc"), rates.values(), strict=True):
         group = saved[key]["param_groups"][0]
-        assert (group["lr"], tuple(group["betas"]), group["eps"], group["weight_decay"]) == (
-            rate,
-            (0.8, 0.95),
-            1e-7,
-            0.01,
-        )
+        assert (group["lr"], group["eps"], group["weight_decay"]) == (rate, 1e-7, 0.01)
+        assert tuple(group["betas"]) == (0.8, 0.95)
     assert json.loads((tmp_path / "run" / "args.json").read_text())["vae_learning_rate"] == 3e-5
 
 
@@ -240,7 +228,7 @@ def test_without_stop_grad_the_diffusion_loss_reaches_the_vae(whole, place, tmp_
 
 
 @pytest.mark.slow
-def test_compiled_on_cpu(whole, place, tmp_path):
+def test_compiled_training_is_near(whole, place, tmp_path):
     train("train_ldm_only", place, tmp_path, "run", compile=True)
     reference = whole("train_ldm_only", gradient_accumulation_steps=1)
     assert list(small.checkpoint(tmp_path, "run", 4)["model"]) == list(small.checkpoint(*reference, 4)["model"])

@@ -1,5 +1,6 @@
 """Access to the golden fixtures: numbers of the public implementation (see tests/golden/README.md)."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -43,25 +44,13 @@ def close(actual, expected, rel: float, abs: float = 0.0, what: str = "") -> Non
     )
 
 
-VGG16_LAYERS = {
-    0: (64, 3),
-    2: (64, 64),
-    5: (128, 64),
-    7: (128, 128),
-    10: (256, 128),
-    12: (256, 256),
-    14: (256, 256),
-    17: (512, 256),
-    19: (512, 512),
-    21: (512, 512),
-    24: (512, 512),
-    26: (512, 512),
-    28: (512, 512),
-}
+VGG16_CONVOLUTIONS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
+VGG16_WIDTHS = (3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
 
 
 def filled_vgg16() -> dict[str, torch.Tensor]:
     """The convolutions of torchvision's vgg16 with filled weights, under torchvision's names."""
-    shapes = {f"features.{i}.weight": (*channels, 3, 3) for i, channels in VGG16_LAYERS.items()}
-    shapes |= {f"features.{i}.bias": channels[:1] for i, channels in VGG16_LAYERS.items()}
+    shapes = {}
+    for i, (before, width) in zip(VGG16_CONVOLUTIONS, itertools.pairwise(VGG16_WIDTHS), strict=True):
+        shapes |= {f"features.{i}.weight": (width, before, 3, 3), f"features.{i}.bias": (width,)}
     return filled(shapes)

@@ -21,19 +21,9 @@ SIDE, CLASSES, COUNT, BATCH = 24, 10, 20, 8  # 24 x 24 pixels, latents 4 x 6 x 6
 def random_sit(seed: int) -> SiT:
     """A SiT all of whose weights matter (a fresh one predicts zero), with as many heads as SiT-T."""
     torch.manual_seed(seed)
-    sit = SiT(
-        input_size=SIDE // 4,
-        patch_size=2,
-        in_channels=4,
-        hidden_size=48,
-        depth=2,
-        num_heads=3,
-        encoder_depth=1,
-        num_classes=CLASSES,
-        class_dropout_prob=0.1,
-        z_dims=[8],
-        projector_dim=16,
-    )
+    shape = dict(input_size=SIDE // 4, patch_size=2, in_channels=4, hidden_size=48, depth=2, num_heads=3)
+    projector = dict(encoder_depth=1, z_dims=[8], projector_dim=16)
+    sit = SiT(**shape, **projector, num_classes=CLASSES, class_dropout_prob=0.1)
     for name, parameter in sit.named_parameters():
         if name != "pos_embed":
             torch.nn.init.normal_(parameter, std=0.1)
@@ -50,17 +40,9 @@ def write_runs(folder: Path) -> Path:
     args = dict(model="SiT-T/2", num_classes=CLASSES, path_type="linear", vae="f4d4-tiny", vae_ckpt=str(vae_file))
     ours = {"model": model, "ema": ema, "args": args, "steps": 7, "format": 1}
     joint = {"vae": to_ldm(vae), "vae_config": vae_config(vae)}
-    public = {
-        "model": model,
-        "ema": ema,
-        "vae": to_ldm(vae),
-        "discriminator": {},
-        "opt": {},
-        "opt_vae": {},
-        "opt_disc": {},
-        "args": argparse.Namespace(**args | {"vae_ckpt": "gone.pt"}),
-        "steps": 7,
-    }
+    public = {"model": model, "ema": ema, "vae": to_ldm(vae), "steps": 7}
+    public |= {name: {} for name in ("discriminator", "opt", "opt_vae", "opt_disc")}
+    public["args"] = argparse.Namespace(**args | {"vae_ckpt": "gone.pt"})
     table = "y_embedder.embedding_table.weight"
     runs = {
         "repae": ours | joint,
@@ -77,15 +59,8 @@ def write_runs(folder: Path) -> Path:
 
 
 def flags(exps: Path, folder: Path, run: str = "repae", **options) -> list[str]:
-    usual = dict(
-        exp_path=exps / run,
-        sample_dir=folder,
-        num_fid_samples=COUNT,
-        pproc_batch_size=BATCH,
-        num_steps=3,
-        cfg_scale=1.5,
-    )
-    return small.argv(**usual | options)
+    usual = dict(num_fid_samples=COUNT, pproc_batch_size=BATCH, num_steps=3, cfg_scale=1.5)
+    return small.argv(**dict(exp_path=exps / run, sample_dir=folder) | usual | options)
 
 
 def draw(exps: Path, folder: Path, run: str = "repae", **options) -> SimpleNamespace:

@@ -64,96 +64,60 @@ def write_loss_config(path: Path, **values: float) -> Path:
     return path
 
 
-def write_place(folder: Path) -> SimpleNamespace:
+def write_place(folder: Path, **data) -> SimpleNamespace:
     """All inputs of the training scripts below one folder; cached latents are added by `tests/conftest.py`."""
-    return SimpleNamespace(
-        folder=folder,
-        data=write_data(folder / "data"),
-        vae=write_vae(folder),
-        discriminator=folder / "vae" / "vae-discriminator-ckpt.pt",
-        encoder=write_encoder(folder / "encoder"),
-        loss=write_loss_config(folder / "loss.yaml"),
-        latents="latents",
-    )
+    place = SimpleNamespace(folder=folder, data=write_data(folder / "data", **data), latents="latents")
+    place.vae, place.discriminator = write_vae(folder), folder / "vae" / "vae-discriminator-ckpt.pt"
+    place.encoder, place.loss = write_encoder(folder / "encoder"), write_loss_config(folder / "loss.yaml")
+    return place
 
 
 def argv(**options) -> list[str]:
-    """Options as a command line: True is `--x`, False is `--no-x`, None leaves the flag out."""
-    flags = {key: f"--{key.replace('_', '-')}" for key in options}
-    switches = {True: lambda flag: [flag], False: lambda flag: [f"--no-{flag[2:]}"], None: lambda flag: []}
-    words = [
-        switches[value](flags[key]) if value is None or isinstance(value, bool) else [flags[key], str(value)]
-        for key, value in options.items()
-    ]
-    return [word for part in words for word in part]
+    """Options as a command line: True is `--x`, False is `--no-x`, None leaves the flag out; a list is many words."""
+    words = []
+    for key, value in options.items():
+        name = key.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+TINY_VAE = "f4d4-tiny"
+SIT = dict(model="SiT-T/2", encoder_depth=2, num_classes=CLASSES)
+FOUR_STEPS = dict(max_train_steps=4, checkpointing_steps=2, log_steps=1, num_preview=0)
 
 
 def training(place: SimpleNamespace, **options) -> dict:
-    return dict(
-        data_dir=place.data,
-        resolution=RESOLUTION,
-        num_workers=0,
-        batch_size=8,
-        mixed_precision="no",
-        report_to="none",
-        log_steps=1,
-        num_preview=0,
-        max_train_steps=4,
-        checkpointing_steps=2,
-        **options,
-    )
-
-
-SIT = dict(model="SiT-T/2", encoder_depth=2)
+    data = dict(data_dir=place.data, resolution=RESOLUTION, batch_size=8, num_workers=0)
+    return data | FOUR_STEPS | dict(mixed_precision="no", report_to="none") | options
 
 
 def repae_options(place: SimpleNamespace, output: Path, name: str, **options) -> list[str]:
     """The command line of a small run of train_repae.py; options replace the usual ones."""
-    usual = training(
-        place,
-        num_classes=CLASSES,
-        vae="f4d4-tiny",
-        vae_ckpt=place.vae,
-        enc_type=place.encoder,
-        disc_pretrained_ckpt=place.discriminator,
-        loss_cfg_path=place.loss,
-        **SIT,
-    )
+    usual = training(place, vae=TINY_VAE, vae_ckpt=place.vae, enc_type=place.encoder, **SIT)
+    usual |= dict(disc_pretrained_ckpt=place.discriminator, loss_cfg_path=place.loss)
     return argv(**usual | dict(output_dir=output, exp_name=name) | options)
 
 
 def ldm_options(place: SimpleNamespace, output: Path, name: str, **options) -> list[str]:
     """The command line of a small run of train_ldm_only.py."""
-    usual = training(
-        place,
-        num_classes=CLASSES,
-        vae="f4d4-tiny",
-        vae_ckpt=place.vae,
-        enc_type=place.encoder,
-        vae_latents_name=place.latents,
-        **SIT,
-    )
+    usual = training(place, vae=TINY_VAE, vae_ckpt=place.vae, enc_type=place.encoder, **SIT)
+    usual |= dict(vae_latents_name=place.latents)
     return argv(**usual | dict(output_dir=output, exp_name=name) | options)
 
 
 def vae_options(place: SimpleNamespace, output: Path, name: str, **options) -> list[str]:
     """The command line of a small run of train_vae.py."""
-    usual = training(place, vae="f4d4-tiny", loss_cfg_path=place.loss)
+    usual = training(place, vae=TINY_VAE, loss_cfg_path=place.loss)
     return argv(**usual | dict(output_dir=output, exp_name=name) | options)
 
 
 def cache_options(place: SimpleNamespace, name: str, **options) -> list[str]:
     """The command line of cache_latents.py, which writes into the data folder."""
-    usual = dict(
-        vae_arch="f4d4-tiny",
-        vae_ckpt_path=place.vae,
-        vae_latents_name=name,
-        data_dir=place.data,
-        output_dir=place.data,
-        pproc_batch_size=8,
-        num_workers=0,
-    )
-    return argv(**usual | options)
+    usual = dict(vae_arch=TINY_VAE, vae_ckpt_path=place.vae, vae_latents_name=name, pproc_batch_size=8, num_workers=0)
+    return argv(**usual | dict(data_dir=place.data, output_dir=place.data) | options)
 
 
 OPTIONS = {"train_repae": repae_options, "train_ldm_only": ldm_options, "train_vae": vae_options}
@@ -202,12 +166,5 @@ def environment(**more: str) -> dict[str, str]:
 
 def run_python(*words, **options) -> subprocess.CompletedProcess:
     """`python ...` from the repository's root, on one thread; its output is text."""
-    return subprocess.run(
-        [sys.executable, *map(str, words)],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=240,
-        **options,
-    )
+    usual = dict(cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240)
+    return subprocess.run([sys.executable, *map(str, words)], **usual | options)

@@ -20,7 +20,7 @@ class Small(torch.nn.Module):
 
 
 @pytest.mark.parametrize("decay", META["decays"])
-def test_one_and_two_updates(decay):
+def test_updates_are_those_of_the_public_code(decay):
     ema, model = Small("ema_before"), Small("model")
     for count in ("one", "two"):
         update_ema(ema, model, decay)

@@ -7,7 +7,7 @@ from training.optimizer import Optimizer
 from utils.checkpoint import write_checkpoint
 
 
-def test_clipping_and_the_norm_that_is_reported():
+def test_gradients_are_clipped_and_the_norm_before_is_reported():
     parameter = torch.nn.Parameter(torch.zeros(4))
     optimizer = Optimizer(
         [("p", parameter)], lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, max_grad_norm=1.0, scale_loss=False

@@ -57,18 +57,9 @@ def open_one(tmp_path):
 
 def test_without_a_key_it_runs_offline_and_says_where(wandb, place, tmp_path, monkeypatch, few_steps):
     monkeypatch.setattr("wandb.login", lambda prompt: prompt)
-    options = dict(
-        report_to="wandb",
-        num_preview=1,
-        sampling_steps=4,
-        enc_type="None",
-        proj_coeff=0,
-        eval_steps=4,
-        eval_samples=8,
-        eval_reference=place.data,
-        eval_features=place.encoder,
-    )
-    train_ldm_only.main(small.ldm_options(place, tmp_path, "run", **options))
+    plain = dict(enc_type="None", proj_coeff=0, report_to="wandb", num_preview=1, sampling_steps=4)
+    online = dict(eval_steps=4, eval_samples=8, eval_reference=place.data, eval_features=place.encoder)
+    train_ldm_only.main(small.ldm_options(place, tmp_path, "run", **plain, **online))
     (tracker,) = wandb.made
     assert tracker.options == {"name": "run", "dir": str(tmp_path / "run" / "logs"), "mode": "offline"}
     assert tracker.config["learning_rate"] == 1e-4 and tracker.config["report_to"] == "wandb"
@@ -86,14 +77,14 @@ def test_it_reports_online_where_it_can(wandb, tmp_path, caplog):
     assert tracker.options["mode"] is None and not caplog.text
 
 
-def test_no_connection(wandb, tmp_path, monkeypatch, caplog):
+def test_without_a_connection_it_runs_offline(wandb, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(trackers, "_reachable", lambda host, port: False)
     monkeypatch.setattr("wandb.login", lambda prompt: pytest.fail("it would wait for the server"))
     (tracker,) = open_one(tmp_path)
     assert tracker.options["mode"] == "offline" and "wandb.here.org was not reached within 10 s" in caplog.text
 
 
-def test_a_key_that_is_refused(wandb, tmp_path, monkeypatch, caplog):
+def test_with_a_key_that_is_refused_it_runs_offline(wandb, tmp_path, monkeypatch, caplog):
     def refuse(prompt):
         raise AuthenticationError("the key has\n39 letters")
 
@@ -126,7 +117,7 @@ def test_the_probe_waits_no_longer_than_it_says(monkeypatch):
     assert time.monotonic() - start < 0.8
 
 
-def test_tensorboard(place, tmp_path):
+def test_tensorboard_gets_the_rows_of_the_metrics(place, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     train_ldm_only.main(small.ldm_options(place, tmp_path, "run", report_to="tensorboard", max_train_steps=2))

@@ -13,10 +13,7 @@ from utils.errors import command
     [
         (OSError(errno.ENOSPC, "No space left on device", "x.npy"), "stopped: x.npy: No space left on device"),
         (PermissionError(errno.EACCES, "Permission denied", "x"), "stopped: x: Permission denied"),
-        (
-            torch.OutOfMemoryError("CUDA out of memory.\nTried"),
-            "a smaller batch needs less (CUDA out of memory. Tried)",
-        ),
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "smaller batch needs less (CUDA out of memory. Tried)"),
     ],
 )
 def test_what_stops_a_job_on_its_way_is_one_line(error, said, capsys):

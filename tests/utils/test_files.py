@@ -23,7 +23,7 @@ def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path):
     assert path.read_text() == "new"
 
 
-def test_sha256(tmp_path):
+def test_sha256_is_that_of_the_standard(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")  # FIPS 180-2, appendix B.1
     assert files.sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 

@@ -96,7 +96,7 @@ MODES = {
 
 @pytest.mark.filterwarnings("ignore:Palette images with Transparency")
 @pytest.mark.parametrize(("image", "expected"), MODES.values(), ids=MODES)
-def test_to_rgb_of_every_mode(image, expected):
+def test_every_mode_becomes_the_colours_that_it_stands_for(image, expected):
     if expected.ndim == 2:
         expected = np.repeat(expected[..., None], 3, axis=2)
     converted = to_rgb(image)
@@ -116,7 +116,7 @@ def test_image_grid_places_images_row_by_row(kind):
     assert not grid[4:, 12:].any()
 
 
-def test_save_png_round_trip(tmp_path):
+def test_a_saved_png_holds_the_same_pixels(tmp_path):
     save_png(RGB, tmp_path / "new" / "grid.png")
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "new" / "grid.png")), RGB)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["grid.png"]
