@@ -58,20 +58,21 @@ def public_checkpoint(name: str, depth: int | None = 2) -> dict:
         name: a key of `ENCODERS`.
         depth: 2, or None for the real depth.
     """
-    state = dict(_public_state(name, depth))
+    entry = manifest()[name]
+    keys = entry["keys_full"] if depth is None else entry["keys_depth2"]
+    shapes = tuple((key, tuple(shape)) for key, shape in (keys | entry["distractor_keys"]).items())
+    state = dict((_filled.__wrapped__ if depth is None else _filled)(shapes))  # full-size weights are not kept
     if name == "jepa-vit-h":
-        context = {key: torch.zeros(()).expand(tensor.shape) for key, tensor in state.items()}
-        return {"encoder": state, "target_encoder": context, **dict.fromkeys(JEPA_REST, 0)}
-    for wrapper in manifest()[name]["wrap"]:
+        rest = dict.fromkeys(JEPA_REST, 0)
+        return {"encoder": state, "target_encoder": {key: torch.zeros(()).expand(s) for key, s in keys.items()}, **rest}
+    for wrapper in entry["wrap"]:
         state = {wrapper: state}
     return state | MOCOV3_REST if name.startswith("mocov3") else state
 
 
-@functools.lru_cache(maxsize=1)  # a test at one resolution is followed by that at the other
-def _public_state(name: str, depth: int | None) -> dict[str, Tensor]:
-    entry = manifest()[name]
-    keys = entry["keys_full"] if depth is None else entry["keys_depth2"]
-    return {key: fill(key, shape) for key, shape in (keys | entry["distractor_keys"]).items()}
+@functools.lru_cache(maxsize=2)  # the encoders of one test, for the resolution or the script that comes second
+def _filled(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> dict[str, Tensor]:
+    return {key: fill(key, shape) for key, shape in shapes}
 
 
 def write_public_file(name: str, folder: Path, checkpoint: dict | None = None) -> Path:
@@ -114,11 +115,6 @@ def use_small_encoders(monkeypatch, depth: int = 2) -> None:
         return network
 
     monkeypatch.setattr(encoders, "load_network", load_network)
-
-
-@functools.lru_cache(maxsize=2)  # the two encoders of one test, for the script that runs second
-def _filled(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> dict[str, Tensor]:
-    return {key: fill(key, shape) for key, shape in shapes}
 
 
 def refusal(call, *needles) -> None:

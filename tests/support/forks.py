@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tests.support.small import ROOT
 
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # diffusers looks for CUDA when imported; a fork must still start it
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["train_repae", "train_vae", "generate", "evaluate", "cache_latents"])
 
