@@ -62,6 +62,8 @@ def main(argv: list[str] | None = None) -> None:
     with main_first():
         if processes.is_main_process:
             store.create(description, **output)
+            for note in job.notes:
+                logging.getLogger(__name__).warning(note)
 
     try:
         # Draw what is missing, by rank 0's word: another process may look only when the first batches are finished.

@@ -22,23 +22,24 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from dataset.data import ImageData, LatentData, LatentsAndLabels
-from dataset.latents import sample_mean_std
+from dataset.latents import difference, sample_mean_std
 from evaluation.online import online_evaluation
 from loss.alignment import alignment_loss
 from loss.velocity import velocity_loss
 from models.encoders import Encoder, load_encoders, resize_tokens, resizing_notes
 from models.interpolant import Noising, interpolate
 from models.sit import SiT, build_sit
+from models.sit_files import load_sit
 from models.vae import latent_statistics, load_vae
 from models.vae_files import vae_sha256
 from sampling.generation import preview, preview_sampler
+from sampling.labels import seen_classes
 from training.ema import update_ema
 from training.optimizer import Optimizer, adamw_settings, checkpoint_entries, restore
 from training.run import Run
 from utils.distributed import main_first
 from utils.errors import InputError, command
 from utils.images import image_grid
-from utils.modules import load_strictly
 
 CHECKPOINT_ENTRIES = ("model", "ema", "opt", "steps")
 
@@ -105,6 +106,7 @@ def main(argv: list[str] | None = None) -> None:
         data = ImageData(args.data_dir, resolution=args.resolution, num_classes=args.num_classes)
         latents = LatentData(Path(args.data_dir) / args.vae_latents_name, data)
         checkpoint = run.checkpoint(need=CHECKPOINT_ENTRIES)
+        run.settle_classes(data, checkpoint)
         nets = build_networks(args, run, latents, checkpoint)
         loader = run.batches(LatentsAndLabels(latents, data, with_images=bool(nets.encoders)))
         run.to_device(nets.sit, nets.ema, nets.vae, *nets.encoders)
@@ -163,12 +165,16 @@ def build_networks(args, run: Run, latents: LatentData, checkpoint: dict | None)
         qk_norm=args.qk_norm,
         fused_attn=args.fused_attn,
     )
-    sit.set_latent_stats(*(latent_statistics(args.vae_ckpt, vae) or cached_statistics(latents)))
+    stored = latent_statistics(args.vae_ckpt, vae) or cached_statistics(latents)
+    sit.set_latent_stats(*stored)
     run.notes += resizing_notes(encoders, sit.grid)
     ema = copy.deepcopy(sit).eval().requires_grad_(False)
     if checkpoint is not None:
-        load_strictly(sit, checkpoint["model"], f"{run.resume_from}: model")
-        load_strictly(ema, checkpoint["ema"], f"{run.resume_from}: ema")
+        run.notes += load_sit(sit, checkpoint["model"], f"{run.resume_from}: model")
+        load_sit(ema, checkpoint["ema"], f"{run.resume_from}: ema")
+        # SiT has learnt the latents of the checkpoint's normaliser: it stays, and sampling undoes it.
+        if apart := difference(sit.latent_stats(), stored):
+            run.notes.append(f"the latent statistics of {run.resume_from} count; the VAE's own differ {apart}")
     return Networks(encoders=encoders, sit=sit, ema=ema, vae=vae, latent_shape=shape)
 
 
@@ -208,9 +214,8 @@ def checkpoint_contents(args, nets: Networks, optimizer: Optimizer, step: int) -
 def previews(args, run: Run, nets: Networks) -> dict[str, np.ndarray]:
     """Samples of the EMA as a grid."""
     config, stats = preview_sampler(nets.ema, args.path_type), nets.sit.latent_stats()
-    samples = preview(
-        nets.ema, nets.vae, stats, args.num_preview, args.seed, config, rank=run.rank, world_size=run.world_size
-    )
+    shared = dict(classes=seen_classes(vars(args), args.num_classes), rank=run.rank, world_size=run.world_size)
+    samples = preview(nets.ema, nets.vae, stats, args.num_preview, args.seed, config, **shared)
     return {"samples": image_grid(samples, columns=8)}
 
 

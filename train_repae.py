@@ -36,18 +36,21 @@ from models.encoders import Encoder, load_encoders, resize_tokens, resizing_note
 from models.interpolant import Noising, interpolate
 from models.posterior import TrainableVAE, measure_latent_statistics
 from models.sit import SiT, build_sit
+from models.sit_files import find_sit_state, load_sit, start_from
 from models.vae import latent_shape, latent_statistics, load_vae, vae_config
 from models.vae_files import vae_of_checkpoint
 from models.vae_keys import ldm_parameters, to_ldm
 from sampling.generation import preview, preview_sampler, reconstruction_pairs
+from sampling.labels import seen_classes
 from training.ema import update_ema
 from training.optimizer import Optimizer, adamw_settings, checkpoint_entries, restore
 from training.run import Run
 from utils.distributed import main_first
-from utils.errors import InputError, command
+from utils.errors import InputError, about, command
 from utils.files import atomic_write
 from utils.images import image_grid, to_signed
 from utils.modules import frozen, load_strictly
+from utils.torch_files import read_torch_file
 
 CHECKPOINT_ENTRIES = ("model", "ema", "vae", "discriminator", "opt", "opt_vae", "opt_disc", "steps")
 
@@ -159,6 +162,7 @@ def main(argv: list[str] | None = None) -> None:
         data = ImageData(args.data_dir, resolution=args.resolution, num_classes=args.num_classes)
         loader = run.batches(data)
         checkpoint = run.checkpoint(need=CHECKPOINT_ENTRIES)
+        run.settle_classes(data, checkpoint)
         nets = build_networks(args, run, checkpoint)
         run.to_device(nets.sit, nets.ema, nets.vae, nets.discriminator, *nets.encoders)
         run.to_device(nets.vae_loss.lpips, nets.discriminator_loss)
@@ -226,6 +230,10 @@ def build_networks(args, run: Run, checkpoint: dict | None) -> Networks:
         learn_pos_embed=True,
     )
     run.notes += resizing_notes(encoders, sit.grid)
+    if args.sit_ckpt is not None and checkpoint is None:
+        with about("--sit-ckpt"):
+            state, notes = find_sit_state(read_torch_file(args.sit_ckpt), args.sit_ckpt)
+            run.notes += notes + start_from(sit, state, args.sit_ckpt)
     nets = Networks(
         encoders=encoders,
         sit=sit,
@@ -238,17 +246,18 @@ def build_networks(args, run: Run, checkpoint: dict | None) -> Networks:
         latent_stats=latent_stats,
     )
     if checkpoint is not None:
-        load_networks(nets, checkpoint, str(run.resume_from))
+        run.notes += load_networks(nets, checkpoint, str(run.resume_from))
     return nets
 
 
-def load_networks(nets: Networks, checkpoint: dict, path: str) -> None:
-    """Weights of a checkpoint, ours or public; the VAE's are loaded already."""
-    load_strictly(nets.sit, checkpoint["model"], f"{path}: model")
-    load_strictly(nets.ema, checkpoint["ema"], f"{path}: ema")
+def load_networks(nets: Networks, checkpoint: dict, path: str) -> list[str]:
+    """Weights of a checkpoint, ours or public; the VAE's are loaded already. Returns notes for the log."""
+    notes = load_sit(nets.sit, checkpoint["model"], f"{path}: model")
+    load_sit(nets.ema, checkpoint["ema"], f"{path}: ema")
     load_strictly(nets.discriminator, checkpoint["discriminator"], f"{path}: discriminator")
     if "loss_buffers" in checkpoint:
         load_strictly(nets.discriminator_loss, checkpoint["loss_buffers"], f"{path}: loss_buffers")
+    return notes
 
 
 def start_normalizer(run: Run, nets: Networks, data: ImageData) -> bool:
@@ -282,7 +291,8 @@ def build_optimizers(args, run: Run, nets: Networks, checkpoint: dict | None) ->
         opt_disc=Optimizer(list(nets.discriminator.named_parameters()), lr=args.disc_learning_rate, **common),
     )
     if checkpoint is not None:
-        restore(vars(optimizers), checkpoint, str(run.resume_from))
+        other_grid = checkpoint["model"]["pos_embed"].shape != nets.sit.pos_embed.shape
+        restore(vars(optimizers), checkpoint, str(run.resume_from), fresh={"pos_embed"} if other_grid else ())
     return optimizers
 
 
@@ -313,9 +323,8 @@ def checkpoint_contents(args, nets: Networks, optimizers: SimpleNamespace, step:
 def previews(args, run: Run, nets: Networks, data: ImageData) -> dict[str, np.ndarray]:
     """Samples of the EMA, and images beside their reconstructions, as two grids; on rank 0."""
     vae, config, stats = nets.vae.vae, preview_sampler(nets.ema, args.path_type), nets.ema.latent_stats()
-    samples = preview(
-        nets.ema, vae, stats, args.num_preview, args.seed, config, rank=run.rank, world_size=run.world_size
-    )
+    shared = dict(classes=seen_classes(vars(args), args.num_classes), rank=run.rank, world_size=run.world_size)
+    samples = preview(nets.ema, vae, stats, args.num_preview, args.seed, config, **shared)
     if not run.is_main:
         return {}
     images, _ = data.__getitems__(evenly_spaced(len(data), args.num_preview // 2))

@@ -79,7 +79,7 @@ def add_data_flags(parser) -> None:
     data = parser.add_argument_group("data")
     data.add_argument("--data-dir", default="data", help="folder written by preprocessing.py")
     data.add_argument("--resolution", type=positive_int, default=256, help="of the images in the data folder")
-    data.add_argument("--num-classes", type=positive_int, default=1000, help="class labels lie in [0, this)")
+    data.add_argument("--num-classes", type=positive_int, help="labels lie in [0, this) (default: the data folder's)")
     data.add_argument("--num-workers", type=natural_int, default=4, help="loader processes per process")
 
 
@@ -159,6 +159,7 @@ def repae_parser() -> ArgumentParser:
     add_data_flags(parser)
     sit = add_sit_flags(parser)
     sit.add_argument("--bn-momentum", type=unit_float, default=0.1, help="of the latents' BatchNorm")
+    sit.add_argument("--sit-ckpt", help="start from a trained SiT: ours, REPA's or the original (default: fresh)")
     align = add_alignment_flags(parser)
     align.add_argument("--vae-align-proj-coeff", type=natural_float, default=1.5, help="weight of VAE's alignment loss")
     on_off(align, "--stop-grad", True, "keep the diffusion loss out of the VAE; without it the latents collapse")
@@ -228,8 +229,10 @@ def generate_parser() -> ArgumentParser:
         choices=["random", "equal"],
         help="class of each sample: uniform draw, or the same count of every class",
     )
-    labels.add_argument("--num-classes", type=positive_int, help="classes to draw from (default: the model's)")
-    labels.add_argument("--classes", help="only these classes, between commas")
+    labels.add_argument(
+        "--num-classes", type=positive_int, help="draw from [0, this) (default: the classes that the run saw)"
+    )
+    labels.add_argument("--classes", help="only these, between commas; null: the unconditional network")
     labels.add_argument("--label-file", help=".npy or text file with the label of each sample")
 
     machine = parser.add_argument_group("machine")

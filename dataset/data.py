@@ -72,6 +72,11 @@ class ImageData:
         """Images uint8 (B, 3, R, R) and labels int64 (B,), in the order asked for."""
         return torch.from_numpy(_take(self.images, indices)), torch.from_numpy(_take(self.labels, indices))
 
+    @property
+    def num_classes(self) -> int:
+        """The data folder's own number of classes: its class names, with or without images; else its labels'."""
+        return max(len(self.info.get("class_names") or ()), int(self.labels.max()) + 1)
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """A checksum that ties cached latents to this data set.

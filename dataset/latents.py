@@ -9,6 +9,8 @@ from torch import Tensor
 from utils.distributed import all_sum
 from utils.errors import InputError
 
+ROUNDING = 1e-4  # of float32 statistics that went through a variance, a reciprocal and a file
+
 
 def normalize(z: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """Raw latents -> x_0 of about zero mean and unit variance; scale (1 / std) and bias (mean) are (1, C, 1, 1)."""
@@ -24,6 +26,16 @@ def sample_mean_std(mean_std: Tensor, eps: Tensor) -> Tensor:
     """z (B, C, h, w) = mean + std * eps of cached (B, 2C, h, w), with eps ~ N(0, 1)."""
     mean, std = mean_std.chunk(2, dim=1)
     return mean + std * eps
+
+
+def difference(statistics: tuple[Tensor, Tensor], others: tuple[Tensor, Tensor]) -> str | None:
+    """How two pairs of scale (1 / std) and bias (mean), each (1, C, 1, 1), differ; None: by rounding at most."""
+    (scale, bias), (other_scale, other_bias) = statistics, others
+    in_std = (other_scale / scale - 1).abs().max().item()
+    in_mean = ((other_bias - bias) * scale).abs().max().item()
+    if max(in_std, in_mean) < ROUNDING:
+        return None
+    return f"by up to {100 * in_std:.2g} % in the standard deviation and {in_mean:.2g} of one in the mean"
 
 
 class LatentStatistics:

@@ -9,9 +9,9 @@ from evaluation.features import load_features
 from evaluation.reference import read_reference
 from models.sit import SiT
 from sampling.generation import SamplerConfig, draw_images
+from sampling.labels import LabelScheme, seen_classes
 from utils.distributed import main_first, rank, world_size
 from utils.errors import InputError, about, renamed
-from utils.rng import sample_labels
 
 # evaluate.py's names of the flags, which errors use, and those of the training scripts.
 FLAGS = {"--features": "--eval-features", "--inception-weights": "--eval-weights", "--enc-ckpt": "--eval-weights"}
@@ -42,7 +42,9 @@ def online_evaluation(args, run) -> "OnlineEvaluation | None":
         with about("--eval-reference"):
             reference = read_reference(args.eval_reference, network, size, run.device)
     sampler = SamplerConfig(path_type=args.path_type)  # its defaults: 50 Euler steps, no guidance
-    return OnlineEvaluation(network, reference, sampler, args.eval_samples, args.seed)
+    # As generate.py draws them: from the classes that the run sees.
+    labels = LabelScheme("random", seen_classes(vars(args), args.num_classes), args.seed)
+    return OnlineEvaluation(network, reference, sampler, args.eval_samples, labels)
 
 
 class OnlineEvaluation:
@@ -55,12 +57,14 @@ class OnlineEvaluation:
         reference: in the space of that network.
         sampler: how samples are drawn.
         count: samples.
-        seed: of the samples.
+        labels: the label of every sample; its seed is that of the samples' noise, too.
     """
 
-    def __init__(self, network: nn.Module, reference: FeatureSet, sampler: SamplerConfig, count: int, seed: int):
+    def __init__(
+        self, network: nn.Module, reference: FeatureSet, sampler: SamplerConfig, count: int, labels: LabelScheme
+    ):
         self.network, self.reference, self.sampler = network, reference, sampler
-        self.count, self.seed = count, seed
+        self.count, self.labels = count, labels
 
     @torch.no_grad()
     def __call__(self, sit: SiT, vae: AutoencoderKL, latent_stats: tuple[Tensor, Tensor]) -> dict[str, float]:
@@ -69,8 +73,8 @@ class OnlineEvaluation:
         evaluator = Evaluator(self.network, self.reference, device)
         for start in range(rank() * BATCH_SIZE, self.count, world_size() * BATCH_SIZE):
             indices = range(start, start + BATCH_SIZE)  # the last batch keeps its shape; what is over is dropped
-            labels = sample_labels(self.seed, indices, sit.num_classes).to(device)
-            images = draw_images(sit, vae, latent_stats, indices, labels, self.seed, self.sampler)
+            labels = self.labels(indices).to(device)
+            images = draw_images(sit, vae, latent_stats, indices, labels, self.labels.seed, self.sampler)
             kept = min(BATCH_SIZE, self.count - start)
             evaluator.add(images[:kept], torch.tensor(indices[:kept]))
         return evaluator.result()

@@ -228,12 +228,17 @@ class TimestepEmbedder(nn.Module):
         super().__init__()
         into, out = nn.Linear(2 * num_frequencies, hidden_size), nn.Linear(hidden_size, hidden_size)
         self.mlp = nn.Sequential(into, nn.SiLU(), out)
-        exponents = torch.arange(num_frequencies, dtype=torch.float32) / num_frequencies
-        self.register_buffer("frequencies", torch.exp(-math.log(10000) * exponents), persistent=False)
+        self.register_buffer("frequencies", time_frequencies(num_frequencies), persistent=False)
 
     def forward(self, t: Tensor) -> Tensor:
         angles = t[:, None].float() * self.frequencies  # (B, 128)
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
+
+
+def time_frequencies(count: int = 128) -> Tensor:
+    """Of the sinusoids of a time, (count,), from 1 down to about 1 / 10000."""
+    exponents = torch.arange(count, dtype=torch.float32) / count
+    return torch.exp(-math.log(10000) * exponents)
 
 
 class LabelEmbedder(nn.Module):
@@ -332,52 +337,3 @@ def _preset(size: str, patch_size: int):
 
 
 SiT_models = {f"SiT-{size}/{patch}": _preset(size, patch) for size in SIT_SIZES for patch in (1, 2, 4, 8)}
-
-
-def config_of_state_dict(
-    state: dict[str, Tensor], *, num_heads: int | None = None, num_classes: int | None = None
-) -> dict:
-    """The arguments of `SiT` that a state dict fits, read from its tensors' shapes.
-
-    Args:
-        state: a SiT state dict, ours or public.
-        num_heads: needed only where neither the shapes (qk_norm) nor a preset of this depth and width tell.
-        num_classes: tells whether the label table's last row is a null row; without it, it is taken for one.
-
-    Raises:
-        KeyError: the state dict lacks a tensor that every SiT has.
-        ValueError: the number of heads cannot be told.
-    """
-    hidden, channels, patch, _ = state["x_embedder.proj.weight"].shape
-    depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
-
-    # Heads leave no trace in the shapes, but for the norms of queries and keys, which are as wide as a head.
-    qk_norm = "blocks.0.attn.q_norm.weight" in state
-    if qk_norm:
-        num_heads = hidden // state["blocks.0.attn.q_norm.weight"].numel()
-    if num_heads is None:
-        fitting = [s["num_heads"] for s in SIT_SIZES.values() if (s["depth"], s["hidden_size"]) == (depth, hidden)]
-        if not fitting:
-            raise ValueError(f"no SiT preset has depth {depth} and width {hidden}: the number of heads is unknown")
-        num_heads = fitting[0]
-
-    # A null row, if there is one, comes after the rows of the classes.
-    rows = state["y_embedder.embedding_table.weight"].shape[0]
-    has_null = num_classes is None or rows == num_classes + 1
-    projectors = sorted({int(key.split(".")[1]) for key in state if key.startswith("projectors.")})
-
-    return dict(
-        input_size=math.isqrt(state["pos_embed"].shape[1]) * patch,
-        patch_size=patch,
-        in_channels=channels,
-        hidden_size=hidden,
-        depth=depth,
-        encoder_depth=1,  # plays no part in sampling
-        num_heads=num_heads,
-        mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / hidden,
-        class_dropout_prob=0.1 if has_null else 0.0,
-        num_classes=rows - has_null,
-        z_dims=[state[f"projectors.{i}.4.weight"].shape[0] for i in projectors],
-        projector_dim=state["projectors.0.0.weight"].shape[0] if projectors else 2048,
-        qk_norm=qk_norm,
-    )

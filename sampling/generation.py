@@ -165,20 +165,22 @@ def preview(
     seed: int,
     config: SamplerConfig,
     *,
+    classes: Sequence[int] | None = None,
     rank: int = 0,
     world_size: int = 1,
 ) -> Tensor:
-    """The same `count` samples at every call, their classes spread evenly; uint8 (count, 3, H, W) on every process.
+    """The same `count` samples at every call, uint8 (count, 3, H, W) on every process.
 
-    Processes share the work, in batches that do not depend on their number. Nothing here touches the training's random
-    draws.
+    Their classes are spread evenly over `classes` (None: all of the model's). Processes share the work, in batches that
+    do not depend on their number. Nothing here touches the training's random draws.
     """
     device = sit.pos_embed.device
+    classes = range(sit.num_classes) if classes is None else classes
     side = sit.grid * sit.patch_size * downsampling(vae)
     images, numbers = [torch.empty(0, 3, side, side, dtype=torch.uint8)], []
     for start in range(rank * PREVIEW_BATCH, count, world_size * PREVIEW_BATCH):
         indices = range(start, min(start + PREVIEW_BATCH, count))
-        labels = torch.tensor([i * sit.num_classes // count for i in indices], device=device)
+        labels = torch.tensor([int(classes[i * len(classes) // count]) for i in indices], device=device)
         x_0 = sample_latents(sit, indices, labels, seed, config)
         images.append(decode_latents(vae, x_0, *latent_stats).cpu())
         numbers += indices

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from configs.arguments import generate_parser
+from dataset.classes import class_ranges
+from models.sit import SiT
 from models.vae_files import vae_sha256
 from sampling.generation import AUTOCAST, SamplerConfig, draw_images, trajectory
-from sampling.labels import LabelScheme, label_scheme
+from sampling.labels import LabelScheme, label_scheme, seen_classes
 from sampling.trained import TrainedRun
 from utils.errors import InputError
 from utils.files import sha256
@@ -48,12 +50,14 @@ class SamplingJob:
         model: the run that is sampled.
         sampler: how a sample is drawn.
         labels: the label of every sample.
+        notes: what was chosen without being asked for; they are said at the start and recorded.
     """
 
     args: argparse.Namespace
     model: TrainedRun
     sampler: SamplerConfig
     labels: LabelScheme
+    notes: list[str]
 
     def draw(self, indices: range) -> np.ndarray:
         """Images uint8 (B, H, W, 3) of these sample numbers.
@@ -115,6 +119,7 @@ class SamplingJob:
             "sampler": asdict(self.sampler),
             "nfe": self.sampler.nfe(),
             "labels": self.labels.name,
+            "notes": self.notes,
             "resolution": model.resolution,
             "processes": processes.num_processes,
             "threads": torch.get_num_threads(),
@@ -145,7 +150,20 @@ def sampling_job(args: argparse.Namespace, model: TrainedRun) -> SamplingJob:
         guidance_interval=(args.guidance_low, args.guidance_high),
         precision=precision_name(args),
     )
-    return SamplingJob(args, model, sampler, label_scheme(args, model.sit.num_classes))
+    seen = seen_classes(model.args, model.sit.num_classes)
+    labels = label_scheme(args, model.sit.num_classes, seen=seen, null_label=model.sit.null_label)
+    return SamplingJob(args, model, sampler, labels, [*model.notes, *_notes_on_classes(labels, seen, model.sit)])
+
+
+def _notes_on_classes(labels: LabelScheme, seen: np.ndarray, sit: SiT) -> list[str]:
+    """Where the classes that are drawn are not simply all of the model's, or were never trained."""
+    if labels.name == "null" or len(seen) == sit.num_classes:
+        return []
+    unseen = np.setdiff1d(labels.classes, seen)
+    if len(unseen):
+        return [f"the classes {class_ranges(unseen)} are drawn, too, which the run never saw"]
+    drawn, last = class_ranges(labels.classes), sit.num_classes - 1
+    return [f"labels are drawn from classes that the run saw: {drawn} of 0-{last}"]
 
 
 def check_sampling_flags(args: argparse.Namespace) -> None:
@@ -197,7 +215,8 @@ def output_name(args: argparse.Namespace, model: TrainedRun) -> str:
     if args.compile:
         parts.append("compile")
     if args.classes is not None:
-        parts.append(f"only{args.classes.replace(',', '-')}" if len(args.classes) < 40 else "only-some-classes")
+        only = args.classes.replace(",", "-") if len(args.classes) < 40 else "-some-classes"
+        parts.append("unconditional" if args.classes == "null" else f"only{only}")
     if args.label_file is not None:
         parts.append(f"labels-{Path(args.label_file).stem}")
     if args.vae_ckpt is not None:

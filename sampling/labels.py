@@ -1,7 +1,7 @@
 """The label of every sample: drawn, in turn, or read from a file."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dataset.classes import classes_of
 from utils.errors import InputError
 from utils.rng import sample_labels
 
@@ -18,7 +19,8 @@ class LabelScheme:
     """The label of every sample, which depends on the sample's own number and the seed alone.
 
     Attributes:
-        name: "random": a uniform draw from `classes`; "equal": all of `classes` in turn; "file": `classes` is the list.
+        name: "random": a uniform draw from `classes`; "equal": all of `classes` in turn; "file": `classes` is the list;
+            "null": the null label, `classes`' only one.
         classes: int64 (K,).
     """
 
@@ -34,13 +36,38 @@ class LabelScheme:
         return torch.from_numpy(self.classes[np.asarray(indices) % len(self.classes)])
 
 
-def label_scheme(args: argparse.Namespace, num_classes: int) -> LabelScheme:
+def seen_classes(train_args: Mapping, num_classes: int) -> np.ndarray:
+    """The classes int64 (K,) that a run saw, as its args record them; all of the model's where they do not.
+
+    Raises:
+        InputError: what is recorded is no list of the model's classes.
+    """
+    recorded = train_args.get("seen_classes")
+    if recorded is None:
+        return np.arange(num_classes)
+    try:
+        return classes_of(str(recorded), num_classes)
+    except ValueError as error:
+        raise InputError(f"the run's args name the classes that it saw as {recorded!r} ({error})") from None
+
+
+def label_scheme(
+    args: argparse.Namespace, num_classes: int, *, seen: np.ndarray | None = None, null_label: int | None = None
+) -> LabelScheme:
     """What --label-file, --classes, --num-classes and --label-sampling ask for, of a model with these classes.
+
+    Args:
+        seen: the classes that are drawn from by default (all of them).
+        null_label: of the unconditional network, which `--classes null` asks for; None: the model has none.
 
     Raises:
         InputError: classes that the model lacks, a class named twice, a count that `equal` cannot divide, a bad file.
     """
-    name, flag, classes = args.label_sampling, "--num-classes", np.arange(args.num_classes or num_classes)
+    if args.classes == "null":
+        return LabelScheme("null", np.array([_null_label(args, null_label)]), args.global_seed)
+    name, flag, classes = args.label_sampling, "--num-classes", np.arange(num_classes) if seen is None else seen
+    if args.num_classes is not None:
+        classes = np.arange(args.num_classes)
     if args.classes is not None:
         flag, classes = "--classes", _listed(args.classes)
     if args.label_file is not None:
@@ -54,6 +81,15 @@ def label_scheme(args: argparse.Namespace, num_classes: int) -> LabelScheme:
     if classes.max() >= num_classes:
         raise InputError(f"{flag}: class {classes.max()} was asked for; this model has classes 0..{num_classes - 1}")
     return LabelScheme(name, classes, args.global_seed)
+
+
+def _null_label(args: argparse.Namespace, null_label: int | None) -> int:
+    if null_label is None:
+        raise InputError("--classes null: this model was trained without label dropping and has no null label")
+    if args.cfg_scale != 1:
+        unchanged = "guidance does not change the unconditional network"
+        raise InputError(f"--cfg-scale: {args.cfg_scale} was given; {unchanged}: --classes null needs 1")
+    return null_label
 
 
 def _listed(text: str) -> np.ndarray:

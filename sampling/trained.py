@@ -8,12 +8,17 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from models.sit import SIT_SIZES, SiT, config_of_state_dict
+from dataset.latents import difference
+from models.sit import SIT_SIZES, SiT
+from models.sit_files import config_of_state_dict, find_sit_state
 from models.vae import downsampling, latent_statistics, load_vae, vae_models
 from models.vae_files import vae_of_checkpoint
 from utils.checkpoint import checkpoint_path, latest_step, read_checkpoint
 from utils.errors import InputError
 from utils.modules import load_strictly
+
+BN_VARIANCE, BN_MEAN = "bn.running_var", "bn.running_mean"
+SD_VAE_CHANNELS, SD_VAE_SCALE = 4, 0.18215  # as SiT and REPA multiply SD-VAE's latents
 
 
 @dataclass
@@ -26,6 +31,7 @@ class TrainedRun:
         sit: the EMA, or the raw weights.
         vae: `vae_path` is its file, or None where the checkpoint holds it.
         latent_stats: scale and bias (1, C, 1, 1), which undo the normaliser that SiT was trained under.
+        notes: what was taken for what, where a user could think otherwise.
     """
 
     name: str
@@ -36,6 +42,7 @@ class TrainedRun:
     vae: AutoencoderKL
     vae_path: Path | None
     latent_stats: tuple[Tensor, Tensor]
+    notes: list[str]
 
     @property
     def resolution(self) -> int:
@@ -51,10 +58,10 @@ class TrainedRun:
 def load_trained(
     exp_path: str | Path, train_steps: str | None = None, vae_ckpt: str | Path | None = None, *, ema: bool = True
 ) -> TrainedRun:
-    """SiT, VAE and latent statistics of a run's checkpoint, ours or public. No encoder is loaded.
+    """SiT, VAE and latent statistics of a checkpoint: ours, public, REPA's or SiT's. No encoder is loaded.
 
     Args:
-        exp_path: the run's folder (`--exp-path`).
+        exp_path: the run's folder, or a checkpoint by itself (`--exp-path`).
         train_steps: which checkpoint (`--train-steps`); the latest when None.
         vae_ckpt: a VAE instead of the checkpoint's own or the one its args name (`--vae-ckpt`).
         ema: SiT's moving average, else its raw weights.
@@ -63,33 +70,42 @@ def load_trained(
         InputError: no such run or checkpoint, or one whose parts do not fit each other.
     """
     path = find_checkpoint(exp_path, train_steps)
-    checkpoint = read_checkpoint(path)
-    args = _stored_args(Path(exp_path)) | checkpoint["args"]
-    sit = _load_sit(checkpoint["ema" if ema else "model"], args, path)
+    contents = read_checkpoint(path, need=())
+    args = _stored_args(Path(exp_path)) | contents.pop("args")
+    state, notes = find_sit_state(contents, path, ema=ema)
+    sit = _build_sit(state, args, path)
 
-    vae_path = _find_vae(checkpoint, args, path, vae_ckpt)
+    vae_path = _find_vae(contents, args, path, vae_ckpt)
     if vae_path is None:
-        vae = vae_of_checkpoint(checkpoint, path)
+        vae = vae_of_checkpoint(contents | {"args": args}, path)
     else:
         trained_with = args.get("vae") if args.get("vae") in vae_models else "auto"
         vae = load_vae("auto" if vae_ckpt else trained_with, vae_path)
     if vae.config.latent_channels != sit.in_channels:
         needed = f"the SiT of {path} needs {sit.in_channels}"
         raise InputError(f"--vae-ckpt: the VAE has {vae.config.latent_channels} latent channels; {needed}")
+
+    latent_stats, more = _latent_stats(contents, state, path, vae, vae_path)
+    sit.set_latent_stats(*latent_stats)
     return TrainedRun(
-        name=Path(exp_path).resolve().name,
-        step=int(path.stem),
+        name=Path(exp_path).resolve().name.removesuffix(".pt"),
+        step=_step(contents, path),
         checkpoint=path,
         args=args,
         sit=sit,
         vae=vae.requires_grad_(False),
         vae_path=vae_path,
-        latent_stats=_latent_stats(checkpoint, vae, vae_path),
+        latent_stats=latent_stats,
+        notes=notes + more,
     )
 
 
 def find_checkpoint(exp_path: str | Path, train_steps: str | None) -> Path:
     run_dir = Path(exp_path)
+    if run_dir.is_file():  # a checkpoint by itself, such as those of REPA and SiT
+        if train_steps is not None:
+            raise InputError(f"--train-steps: {train_steps} was given; --exp-path {run_dir} is a checkpoint itself")
+        return run_dir
     if not run_dir.is_dir():
         raise InputError(
             f"--exp-path: {run_dir} is no folder; a run's folder, with checkpoints/, is needed (public: "
@@ -118,7 +134,14 @@ def _stored_args(run_dir: Path) -> dict:
     return args
 
 
-def _load_sit(state: dict, args: dict, path: Path) -> SiT:
+def _step(contents: dict, path: Path) -> int:
+    """Of the file's name, as in a run's folder; else as the checkpoint says; else 0."""
+    steps = path.stem if path.stem.isdecimal() else contents.get("steps", 0)
+    return int(steps) if isinstance(steps, int | str) else 0
+
+
+def _build_sit(state: dict[str, Tensor], args: dict, path: Path) -> SiT:
+    """A SiT with these weights; its normaliser, which REPA's and the original SiT lack, is the caller's to set."""
     size = str(args.get("model", "")).removeprefix("SiT-").split("/")[0]
     try:
         config = config_of_state_dict(
@@ -127,6 +150,8 @@ def _load_sit(state: dict, args: dict, path: Path) -> SiT:
     except (KeyError, ValueError) as error:
         raise InputError(f"{path} holds no SiT that this code knows ({error})") from None
     sit = SiT(**config).eval().requires_grad_(False)
+    if BN_VARIANCE not in state:
+        state = state | {key: value for key, value in sit.state_dict().items() if key.startswith("bn.")}
     load_strictly(sit, state, f"{path}: SiT")
     return sit
 
@@ -141,13 +166,30 @@ def _find_vae(checkpoint: dict, args: dict, path: Path, vae_ckpt: str | Path | N
     return Path(found)
 
 
-def _latent_stats(checkpoint: dict, vae: AutoencoderKL, vae_path: Path | None) -> tuple[Tensor, Tensor]:
-    """Scale and bias, (1, C, 1, 1): of the EMA for REPA-E checkpoints; for LDM-only those stored with the VAE, else of
-    the frozen `model` (the float32 EMA of a constant drifts)."""
-    jointly = "vae" in checkpoint
-    stored = None if jointly else latent_statistics(vae_path, vae)
+def _latent_stats(
+    contents: dict, state: dict[str, Tensor], path: Path, vae: AutoencoderKL, vae_path: Path | None
+) -> tuple[tuple[Tensor, Tensor], list[str]]:
+    """Scale and bias (1, C, 1, 1) that the weights were trained under, and notes on what else could have been meant.
+
+    They are those of the weights that are sampled: the EMA's, or the raw ones, of a REPA-E checkpoint; of an LDM-only
+    one the frozen normaliser of `model`, because the float32 EMA of a constant drifts.
+    """
+    stored = None if vae_path is None else latent_statistics(vae_path, vae)
+    if BN_VARIANCE in state:
+        jointly = "vae" in contents
+        norm = state if jointly else contents.get("model", state)
+        # Copies: the checkpoint is memory-mapped.
+        scale, bias = norm[BN_VARIANCE].rsqrt().view(1, -1, 1, 1), norm[BN_MEAN].clone().view(1, -1, 1, 1)
+        apart = None if stored is None else difference((scale, bias), stored)
+        if apart is None:
+            return (scale, bias), []
+        return (scale, bias), [f"the latent statistics of {path} count; those stored with {vae_path} differ {apart}"]
+
+    # REPA's and the original SiT carry none.
     if stored is not None:
-        return stored
-    norm = checkpoint["ema" if jointly else "model"]
-    # Copies: the checkpoint is memory-mapped.
-    return norm["bn.running_var"].rsqrt().view(1, -1, 1, 1), norm["bn.running_mean"].clone().view(1, -1, 1, 1)
+        return stored, [f"{path} carries no latent statistics: those stored with {vae_path} are used"]
+    if vae.config.latent_channels != SD_VAE_CHANNELS:
+        raise InputError(f"--vae-ckpt: neither {path} nor {vae_path} carries latent statistics")
+    ones = torch.ones(1, SD_VAE_CHANNELS, 1, 1)
+    note = f"neither {path} nor {vae_path} carries latent statistics: SD-VAE's scale {SD_VAE_SCALE} is used"
+    return (SD_VAE_SCALE * ones, 0 * ones), [note]

@@ -1,6 +1,7 @@
 """One network's optimiser: AdamW, clipping, and under fp16 a gradient scaler of its own."""
 
 import argparse
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
@@ -62,17 +63,20 @@ class Optimizer:
             state = {**state, "state": entries}
         return state
 
-    def load_state_dict(self, saved: dict, names: list[str], what: str) -> None:
+    def load_state_dict(self, saved: dict, names: list[str], what: str, *, fresh: Collection[str] = ()) -> None:
         """Take over saved moments by parameter name.
 
         Args:
             saved: a `state_dict`, ours or of a public checkpoint.
             names: the parameter name of each index in `saved`.
             what: names the state in errors.
+            fresh: parameters whose moments start anew.
         """
         index_of = {name: index for index, name in enumerate(names)}
         entries = {}
         for index, (name, parameter) in enumerate(zip(self.names, self.parameters, strict=True)):
+            if name in fresh:
+                continue
             entry = saved["state"].get(index_of.get(name))
             if entry is None:
                 # None has moments before the first step; a frozen parameter, such as LDM-only's pos_embed, never has.
@@ -80,10 +84,8 @@ class Optimizer:
                     raise InputError(f"{what} lacks the moments of {name}")
                 continue
             if entry["exp_avg"].numel() != parameter.numel():
-                raise InputError(
-                    f"{what}: the moments of {name} have shape {tuple(entry['exp_avg'].shape)}; "
-                    f"the network's parameter has {tuple(parameter.shape)}"
-                )
+                found = f"the moments of {name} have shape {tuple(entry['exp_avg'].shape)}"
+                raise InputError(f"{what}: {found}; the network's parameter has {tuple(parameter.shape)}")
             entries[index] = _reshaped(entry, parameter.shape)
         # Hyperparameters are those of this run, not of the checkpoint: a resumed run may lower its learning rate.
         self.adamw.load_state_dict({"state": entries, "param_groups": self.adamw.state_dict()["param_groups"]})
@@ -117,14 +119,18 @@ def checkpoint_entries(optimizers: dict[str, Optimizer], shapes: dict[str, dict[
     }
 
 
-def restore(optimizers: dict[str, Optimizer], checkpoint: dict, path: str) -> None:
-    """Load the optimisers' states of a checkpoint, ours (by name) or public (by the known order)."""
+def restore(optimizers: dict[str, Optimizer], checkpoint: dict, path: str, *, fresh: Collection[str] = ()) -> None:
+    """Load the optimisers' states of a checkpoint, ours (by name) or public (by the known order).
+
+    Args:
+        fresh: parameters whose moments start anew.
+    """
     for key, optimizer in optimizers.items():
         # Public order: SiT's own, LDM's for the VAE, and the loss module's, whose first parameter is `logvar`.
         public_names = ["logvar", *optimizer.names] if key == "opt_disc" else optimizer.names
         names = checkpoint.get("param_names", {}).get(key, public_names)
         if not isinstance(checkpoint[key].get("state"), dict):
             raise InputError(f"{path}: {key} is no optimiser's state dict")
-        optimizer.load_state_dict(checkpoint[key], names, f"{path}: {key}")
+        optimizer.load_state_dict(checkpoint[key], names, f"{path}: {key}", fresh=fresh)
         if (scaler := checkpoint.get("scalers", {}).get(key)) and optimizer.scaler.is_enabled():
             optimizer.scaler.load_state_dict(scaler)

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from dataset.classes import class_ranges, classes_of
+from dataset.data import ImageData
 from dataset.order import batches, batches_per_epoch
 from training import run_folder
 from training.trackers import open_trackers
@@ -134,6 +136,27 @@ class Run:
             num_workers=args.num_workers,
             pin_memory=self.device.type == "cuda",
         )
+
+    def settle_classes(self, data: ImageData, checkpoint: dict | None) -> None:
+        """Give `args.num_classes` its value where the flag was not given, and note the classes that the run sees.
+
+        That is the number of the checkpoint that the run resumes, else the data folder's own. `args.seen_classes`
+        goes into args.json and the checkpoint: samples are drawn from these, not from classes that were never trained.
+
+        Raises:
+            InputError: the data has more classes than the checkpoint.
+        """
+        args = self.args
+        if args.num_classes is None:
+            earlier = checkpoint and checkpoint["args"].get("num_classes")
+            args.num_classes = earlier or data.num_classes
+        if data.num_classes > args.num_classes:
+            found = f"{data.folder} has {data.num_classes} classes"
+            raise InputError(f"--data-dir: {found}; the checkpoint was trained with {args.num_classes}")
+        args.seen_classes = class_ranges(data.labels)
+        if len(classes_of(args.seen_classes, args.num_classes)) < args.num_classes:
+            seen = f"the images of {data.folder} have the classes {args.seen_classes}"
+            self.notes.append(f"{seen} of 0-{args.num_classes - 1}: samples are drawn from these alone")
 
     # ------------------------------------------------------------------ the loop
 

@@ -14,8 +14,8 @@ from utils.files import require_writable, write_json
 METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
 # What a run puts into its folder; `--overwrite` removes these, the tracker's folder and nothing else.
 RUN_FILES = ("args.json", "checkpoints", "samples", METRICS, EVALUATIONS, "log.txt", "latents-stats.pt")
-# How a run goes on may differ from how it began.
-FREE_TO_CHANGE = ("resume", "resume_step", "continue_train_exp_dir", "overwrite")
+# How a run goes on may differ from how it began; and what is no flag.
+FREE_TO_CHANGE = ("resume", "resume_step", "continue_train_exp_dir", "overwrite", "seen_classes")
 
 
 def resume_point(args: argparse.Namespace, folder: Path) -> tuple[int, Path | None]:

@@ -9,7 +9,8 @@ import torch
 from loss.alignment import alignment_loss
 from loss.velocity import velocity_loss
 from models.interpolant import interpolate, time_from_draw
-from models.sit import SiT, SiT_models, config_of_state_dict, sincos_positions
+from models.sit import SiT, SiT_models, sincos_positions
+from models.sit_files import config_of_state_dict
 from tests.support.golden_data import GOLDEN, close, fill, filled, load
 
 REL, ABS = 1e-5, 1e-7

@@ -1,40 +1,86 @@
 """A trained run as sampling reads it: whose latent statistics, and what is refused."""
 
-import numpy as np
+import argparse
+
 import pytest
 import torch
 
 from sampling.trained import load_trained
 from tests.support.sampling import draw
 from utils.errors import InputError
-from utils.files import sha256
 
 
-def test_ldm_only_takes_the_statistics_stored_with_its_vae(exps, tmp_path):
-    trained = load_trained(exps / "ldm")
-    stored = torch.load(exps / "vae" / "vae-latents-stats.pt")
-    assert torch.equal(trained.latent_stats[0], stored["latents_scale"])
-    assert torch.equal(trained.latent_stats[1], stored["latents_bias"])
+def statistics(state) -> tuple[torch.Tensor, torch.Tensor]:
+    return state["bn.running_var"].rsqrt().view(1, -1, 1, 1), state["bn.running_mean"].view(1, -1, 1, 1)
+
+
+def write(folder, contents):
+    (folder / "checkpoints").mkdir(parents=True)
+    torch.save(contents, folder / "checkpoints" / "0000009.pt")
+    return folder
+
+
+def test_ldm_only_takes_the_statistics_that_it_was_trained_under(exps, tmp_path):
+    """Those of `model`, which are frozen: not the EMA's, which drift, nor those that lie beside the VAE's file now."""
+    contents = torch.load(exps / "ldm" / "checkpoints" / "0000007.pt")
+    contents["ema"]["bn.running_mean"] += 1
     bare = tmp_path / "bare.pt"
     bare.write_bytes((exps / "vae" / "vae.pt").read_bytes())
-    scale, bias = load_trained(exps / "ldm", vae_ckpt=str(bare)).latent_stats  # then those of the frozen normaliser
-    torch.testing.assert_close(scale, torch.full((1, 4, 1, 1), 0.5))
-    torch.testing.assert_close(bias, torch.full((1, 4, 1, 1), 0.3))
-    job = draw(exps, tmp_path / "s", "ldm", vae_ckpt=bare)
-    assert job.record["sha256"]["vae"] == sha256(bare) and job.npz.stem.endswith("vae-bare")
-    joint = draw(exps, tmp_path / "b")
-    assert np.array_equal(job.images, joint.images)  # the same networks and statistics
+    run = write(tmp_path / "run", contents)
+    for ema in (True, False):
+        for vae_ckpt, said in ((None, 1), (bare, 0)):
+            trained = load_trained(run, vae_ckpt=vae_ckpt, ema=ema)
+            for value, expected in zip(trained.latent_stats, statistics(contents["model"]), strict=True):
+                assert torch.equal(value, expected)
+            assert len(trained.notes) == said
+    (note,) = load_trained(run).notes
+    assert str(exps / "vae" / "vae.pt") in note and "% in the standard deviation" in note
+    assert draw(exps, tmp_path / "s", run).record["notes"] == [note]
 
 
-def test_repae_takes_the_statistics_of_the_average(exps, tmp_path):
+def test_repae_takes_the_statistics_of_the_weights_that_are_sampled(exps, tmp_path):
     contents = torch.load(exps / "repae" / "checkpoints" / "0000007.pt")
     contents["ema"]["bn.running_mean"] += 1
-    (tmp_path / "checkpoints").mkdir()
-    torch.save(contents, tmp_path / "checkpoints" / "0000009.pt")
-    for ema in (True, False):
-        scale, bias = load_trained(tmp_path, ema=ema).latent_stats
-        torch.testing.assert_close(bias, torch.full((1, 4, 1, 1), 1.3))
-        torch.testing.assert_close(scale, torch.full((1, 4, 1, 1), 0.5))
+    run = write(tmp_path / "run", contents)
+    for ema, name in ((True, "ema"), (False, "model")):
+        trained = load_trained(run, ema=ema)
+        assert torch.equal(trained.latent_stats[1], statistics(contents[name])[1]) and trained.notes == []
+
+
+def test_statistics_that_differ_by_rounding_are_not_spoken_of(exps, tmp_path):
+    contents = torch.load(exps / "ldm" / "checkpoints" / "0000007.pt")
+    stored = torch.load(exps / "vae" / "vae-latents-stats.pt")
+    contents["model"]["bn.running_var"] = stored["latents_scale"].flatten().pow(-2)
+    contents["model"]["bn.running_mean"] = stored["latents_bias"].flatten()
+    trained = load_trained(write(tmp_path / "run", contents))
+    assert trained.notes == []
+    torch.testing.assert_close(trained.latent_stats[0], stored["latents_scale"])
+
+
+def test_repas_and_the_original_sits_checkpoints_are_sampled(exps, tmp_path):
+    """Bare or from a run of REPA's; their statistics are the VAE's, else SD-VAE's scale."""
+    contents = torch.load(exps / "ldm" / "checkpoints" / "0000007.pt")
+    without = {key: value for key, value in contents["ema"].items() if not key.startswith("bn.")}
+    bare = tmp_path / "bare-vae.pt"
+    bare.write_bytes((exps / "vae" / "vae.pt").read_bytes())
+    torch.save({"ema": without, "args": {"model": "SiT-T/2"}}, tmp_path / "last.pt")  # no preset tells its heads
+    args = argparse.Namespace(model="SiT-T/2", num_classes=10, vae="mse")
+    repa = write(tmp_path / "repa", {"ema": without, "model": without, "args": args, "opt": {}, "steps": 9})
+
+    for exp_path in (tmp_path / "last.pt", repa):
+        trained = load_trained(exp_path, vae_ckpt=bare)
+        assert torch.equal(trained.latent_stats[0], torch.full((1, 4, 1, 1), 0.18215))
+        assert not trained.latent_stats[1].any() and "SD-VAE's scale 0.18215" in trained.notes[-1]
+        stored = torch.load(exps / "vae" / "vae-latents-stats.pt")
+        trained = load_trained(exp_path, vae_ckpt=exps / "vae" / "vae.pt")
+        assert torch.equal(trained.latent_stats[0], stored["latents_scale"])
+        assert "carries no latent statistics" in trained.notes[-1]
+        with pytest.raises(InputError, match=r"--vae-ckpt: .* its args name none"):
+            load_trained(exp_path)
+    job = draw(exps, tmp_path / "s", tmp_path / "last.pt", vae_ckpt=bare)
+    assert job.npz.name.startswith("last_0000000_cfg1.5") and len(job.record["notes"]) == 1
+    with pytest.raises(InputError, match="--train-steps: 7 was given"):
+        load_trained(tmp_path / "last.pt", "7")
 
 
 def test_weights_of_another_kind_are_refused(exps, tmp_path):

@@ -1,0 +1,212 @@
+"""SiT's weights as they are found: ours, REPA's and the original SiT's; with other projectors, or for another grid.
+
+The original SiT (arXiv 2401.08740) has its time the other way round, s = 1 - t, and so the opposite velocity, and its
+last layer has C channels more, which nothing reads. Both are mended in the weights, once, when they are read: samplers
+and losses know one convention.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.sit import SIT_SIZES, SiT, sincos_positions, time_frequencies
+from utils.errors import InputError
+from utils.modules import load_strictly
+
+PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+FIRST_KEY = "x_embedder.proj.weight"
+LAST_LAYER = ("final_layer.linear.weight", "final_layer.linear.bias")
+TIME_WEIGHT = "t_embedder.mlp.0.weight"
+
+
+def find_sit_state(contents: Mapping, path: str | Path, *, ema: bool = True) -> tuple[dict[str, Tensor], list[str]]:
+    """The state dict of a SiT, in our names and conventions, out of what a file holds.
+
+    Args:
+        contents: a training checkpoint with `ema` and `model`, or a bare state dict.
+        path: the file, for messages.
+        ema: the moving average, else the raw weights.
+
+    Returns:
+        the state dict; and notes on what was taken for what.
+
+    Raises:
+        InputError: no SiT, or one whose direction of time nothing tells.
+    """
+    wanted, notes = "ema" if ema else "model", []
+    if "ema" in contents or "model" in contents:
+        if not isinstance(contents.get(wanted), Mapping):
+            raise InputError(f"{path} holds no {wanted!r}; --{'no-' if ema else ''}ema takes the other weights")
+        contents = contents[wanted]
+    elif not ema:
+        raise InputError(f"--no-ema: {path} holds one set of weights, and does not say whether it is an average")
+    state = {key: value for key, value in contents.items() if isinstance(value, Tensor)}
+    for prefix in PREFIXES * 2:  # each may be around the other
+        if state and all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    if FIRST_KEY not in state:
+        raise InputError(f"{path} holds no SiT that this code knows (it lacks {FIRST_KEY!r})")
+    state = _blocks_in_one_list(state)
+
+    # Whose convention is it? Ours has a normaliser, REPA's projectors, and the original SiT a wider last layer.
+    _, channels, patch, _ = state[FIRST_KEY].shape
+    if LAST_LAYER[0] not in state:
+        raise InputError(f"{path} holds no SiT that this code knows (it lacks {LAST_LAYER[0]!r})")
+    rows = state[LAST_LAYER[0]].shape[0]
+    if rows == 2 * channels * patch**2:
+        notes.append(f"{path} is taken for the original SiT's, whose t = 1 is data: its time and velocity are turned")
+        state = _from_original_sit(state, channels, patch)
+    elif not any(key.startswith(("bn.", "projectors.")) for key in state):
+        needed = "a normaliser (ours), projectors (REPA's) or a last layer of 2 C channels (the original SiT's)"
+        raise InputError(f"{path} does not show which way its time runs: {needed} would tell")
+    return state, notes
+
+
+def _blocks_in_one_list(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Old checkpoints of REPA count the blocks after the alignment depth anew, as `decoder_blocks`."""
+    first = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    renamed = {}
+    for key, value in state.items():
+        if key.startswith("decoder_blocks."):
+            _, number, rest = key.split(".", 2)
+            key = f"blocks.{first + int(number)}.{rest}"
+        renamed[key] = value
+    return renamed
+
+
+def _from_original_sit(state: dict[str, Tensor], channels: int, patch: int) -> dict[str, Tensor]:
+    """The same network as a function of t = 1 - s, with the velocity dx/dt = -dx/ds in C channels."""
+    state = dict(state)
+    for key in LAST_LAYER:  # rows are (patch row, patch column, channel)
+        rows = state[key].unflatten(0, (patch, patch, 2 * channels))
+        state[key] = -rows[:, :, :channels].flatten(0, 2)
+
+    # cos(f s) = cos f cos(f t) + sin f sin(f t), and sin(f s) = sin f cos(f t) - cos f sin(f t).
+    f = time_frequencies().double()
+    of_cos, of_sin = state[TIME_WEIGHT].double().chunk(2, dim=1)
+    turned = torch.cat([of_cos * f.cos() + of_sin * f.sin(), of_cos * f.sin() - of_sin * f.cos()], dim=1)
+    state[TIME_WEIGHT] = turned.to(state[TIME_WEIGHT].dtype)
+    return state
+
+
+def config_of_state_dict(
+    state: dict[str, Tensor], *, num_heads: int | None = None, num_classes: int | None = None
+) -> dict:
+    """The arguments of `SiT` that a state dict fits, read from its tensors' shapes.
+
+    Args:
+        state: a SiT state dict, ours or public.
+        num_heads: needed only where neither the shapes (qk_norm) nor a preset of this depth and width tell.
+        num_classes: tells whether the label table's last row is a null row; without it, it is taken for one.
+
+    Raises:
+        KeyError: the state dict lacks a tensor that every SiT has.
+        ValueError: the number of heads cannot be told.
+    """
+    hidden, channels, patch, _ = state["x_embedder.proj.weight"].shape
+    depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
+
+    # Heads leave no trace in the shapes, but for the norms of queries and keys, which are as wide as a head.
+    qk_norm = "blocks.0.attn.q_norm.weight" in state
+    if qk_norm:
+        num_heads = hidden // state["blocks.0.attn.q_norm.weight"].numel()
+    if num_heads is None:
+        fitting = [s["num_heads"] for s in SIT_SIZES.values() if (s["depth"], s["hidden_size"]) == (depth, hidden)]
+        if not fitting:
+            raise ValueError(f"no SiT preset has depth {depth} and width {hidden}: the number of heads is unknown")
+        num_heads = fitting[0]
+
+    # A null row, if there is one, comes after the rows of the classes.
+    rows = state["y_embedder.embedding_table.weight"].shape[0]
+    has_null = num_classes is None or rows == num_classes + 1
+    projectors = sorted({int(key.split(".")[1]) for key in state if key.startswith("projectors.")})
+
+    return dict(
+        input_size=math.isqrt(state["pos_embed"].shape[1]) * patch,
+        patch_size=patch,
+        in_channels=channels,
+        hidden_size=hidden,
+        depth=depth,
+        encoder_depth=1,  # plays no part in sampling
+        num_heads=num_heads,
+        mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / hidden,
+        class_dropout_prob=0.1 if has_null else 0.0,
+        num_classes=rows - has_null,
+        z_dims=[state[f"projectors.{i}.4.weight"].shape[0] for i in projectors],
+        projector_dim=state["projectors.0.0.weight"].shape[0] if projectors else 2048,
+        qk_norm=qk_norm,
+    )
+
+
+def fit_positions(table: Tensor, grid: int) -> Tensor:
+    """A position table (1, N, D) for another square grid of tokens, (1, grid * grid, D).
+
+    The sin-cos table is made for the new grid; what training has added to it (REPA-E trains it) is resampled.
+    """
+    side = math.isqrt(table.shape[1])
+    if side == grid:
+        return table
+    learned = (table.float() - sincos_positions(table.shape[2], side)).transpose(1, 2).unflatten(2, (side, side))
+    learned = F.interpolate(learned, size=grid, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
+    return (sincos_positions(table.shape[2], grid) + learned).to(table.dtype)
+
+
+def load_sit(sit: SiT, state: Mapping[str, Tensor], what: str) -> list[str]:
+    """Load a SiT's weights strictly, but for the grid of tokens, which may be another.
+
+    Returns:
+        a note where the position table was made anew.
+    """
+    table = state.get("pos_embed")
+    if table is None or table.ndim != 3 or table.shape == sit.pos_embed.shape:
+        load_strictly(sit, state, what)
+        return []
+    load_strictly(sit, {**state, "pos_embed": fit_positions(table, sit.grid)}, what)
+    side = math.isqrt(table.shape[1])
+    return [f"{what}: its {side} x {side} tokens become {sit.grid} x {sit.grid}; the position table is made for them"]
+
+
+def start_from(sit: SiT, state: Mapping[str, Tensor], path: str | Path) -> list[str]:
+    """Start a fresh SiT from a trained one: what the file lacks, or has for other encoders, stays as it is.
+
+    Args:
+        state: of `find_sit_state`.
+
+    Returns:
+        notes on what stays fresh.
+
+    Raises:
+        InputError: another size, latents or number of classes.
+    """
+    own, notes = sit.state_dict(), []
+    _require_same_shape(sit, state, path)
+    state = {key: value for key, value in state.items() if not key.startswith("bn.")}  # the VAE's statistics count
+    theirs, ours = ({key: x[key].shape for key in x if key.startswith("projectors.")} for x in (state, own))
+    if theirs != ours:
+        notes.append(f"--sit-ckpt: the projectors of {path} are for other encoders: this run's start fresh")
+        state = {key: value for key, value in state.items() if not key.startswith("projectors.")}
+    kept = {key: own[key] for key in own if key.startswith(("bn.", "projectors.")) and key not in state}
+    return notes + load_sit(sit, {**kept, **state}, f"--sit-ckpt: {path}")
+
+
+def _require_same_shape(sit: SiT, state: Mapping[str, Tensor], path: str | Path) -> None:
+    """One line that says what the two networks are, where a list of keys would not help."""
+    width, channels, patch, _ = state[FIRST_KEY].shape
+    depth = 1 + max((int(key.split(".")[1]) for key in state if key.startswith("blocks.")), default=0)
+    rows = state["y_embedder.embedding_table.weight"].shape[0] if "y_embedder.embedding_table.weight" in state else 0
+    found = (depth, width, patch, channels, rows)
+    needed = (
+        len(sit.blocks),
+        sit.pos_embed.shape[2],
+        sit.patch_size,
+        sit.in_channels,
+        sit.y_embedder.embedding_table.weight.shape[0],
+    )
+    if found != needed:
+        names = ("blocks", "width", "patch", "latent channels", "rows of the label table")
+        apart = [f"{name} {a}, not {b}" for name, a, b in zip(names, found, needed, strict=True) if a != b]
+        raise InputError(f"--sit-ckpt: {path} has {'; '.join(apart)}, as --model, --vae and --num-classes need")
