@@ -2,15 +2,16 @@
 
     torchrun --nproc_per_node=8 generate.py --exp-path exps/my-run --train-steps 400000 --num-fid-samples 50000
     python generate.py --exp-path exps/my-run --num-fid-samples 64 --pproc-batch-size 64 --cfg-scale 2.5
+    torchrun --nproc_per_node=8 generate.py --preset e2e-vavae-800ep-cfg
 
 Sample number i depends on (--global-seed, i) alone: not on the batch size, the number of processes, or restarts. A
 killed job, started again with the same flags, draws only what is missing.
 """
 
-from configs.arguments import generate_parser
+from configs.arguments import generate_arguments
 
 if __name__ == "__main__":  # --help and a mistyped flag answer before the heavy imports
-    generate_parser().parse_args()
+    generate_arguments()
 
 import argparse
 import logging
@@ -30,6 +31,7 @@ from evaluation.evaluator import NEIGHBOUR, Evaluator
 from evaluation.features import load_features
 from evaluation.reference import read_reference, reference_images
 from sampling.job import SamplingJob, check_sampling_flags, output_name, sampling_job, set_sampling_numerics
+from sampling.presets import blaming_preset, preset_line, published_result, require_preset_run
 from sampling.store import SampleStore
 from sampling.trained import load_trained
 from utils.distributed import from_main, main_first, start_processes, together
@@ -42,22 +44,26 @@ TRAJECTORIES = 8  # samples that --trajectory shows
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    args = generate_parser().parse_args(argv)
+    args = generate_arguments(argv)
     processes = start_processes()
     logging.basicConfig(level=logging.INFO if processes.is_main_process else logging.WARNING, format="%(message)s")
     logging.getLogger("timm").setLevel(logging.WARNING)
     set_sampling_numerics(args)
 
     # Load the run; what can be refused is refused before anything is written.
-    with main_first():
+    with main_first(), blaming_preset(args):
         check_sampling_flags(args)
         check_evaluation_flags(args)
+        require_preset_run(args)
         model = load_trained(args.exp_path, args.train_steps, args.vae_ckpt, ema=args.ema)
         job, store = sampling_job(args, model), open_store(args, output_name(args, model), model.resolution)
         if processes.is_main_process:
             description, output = job.description(processes.device), output_options(args, store)
             store.check(description, **output)
         network = feature_network(args, model.resolution)
+    published = published_result(args)
+    if published is not None:
+        logging.info(preset_line(published))
     evaluator = build_evaluator(args, network, model.resolution, processes.device)
     with main_first():
         if processes.is_main_process:
@@ -77,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
         # Measure, and give the result its names.
         results = None if evaluator is None else evaluator.result()
         if processes.is_main_process:
-            record = description | job.record(processes) | speed
+            record = description | job.record(processes) | speed | {"preset": published}
             if results is not None:
                 record["evaluation"] = {"reference": args.evaluate, "features": network.label, **results}
             finish(job, store, record)

@@ -4,6 +4,8 @@ Names and defaults are those of the public release; flags of our own say so in R
 torch, so `--help` and a mistyped flag answer at once.
 """
 
+from argparse import Namespace
+
 from configs.parsing import (
     ArgumentParser,
     grid_shape,
@@ -15,6 +17,7 @@ from configs.parsing import (
     positive_int,
     unit_float,
 )
+from configs.presets import PRESETS
 
 SIT_NAMES = [f"SiT-{size}/{patch}" for size in ("T", "S", "B", "L", "XL") for patch in (1, 2, 4, 8)]
 VAE_NAMES = ["f8d4", "f16d32", "f4d4-tiny"]
@@ -198,7 +201,8 @@ def vae_parser() -> ArgumentParser:
 def generate_parser() -> ArgumentParser:
     parser = ArgumentParser(description="Draw samples from a trained SiT into the ADM suite's .npz.")
     run = parser.add_argument_group("trained run")
-    run.add_argument("--exp-path", required=True, help="run folder: args.json and checkpoints/")
+    add_preset_flag(run)
+    run.add_argument("--exp-path", help="run folder: args.json and checkpoints/ (needed, unless --preset names one)")
     run.add_argument("--train-steps", help="which checkpoint (default: the latest)")
     run.add_argument("--vae-ckpt", help="VAE, where neither the checkpoint nor args.json lead to one")
     on_off(run, "--ema", True, "the moving average of SiT's weights")
@@ -253,6 +257,31 @@ def generate_parser() -> ArgumentParser:
     space = add_feature_flags(parser)
     space.add_argument("--evaluate", metavar="REFERENCE", help="also measure the samples, as evaluate.py --reference")
     return parser
+
+
+def add_preset_flag(parser) -> None:
+    parser.add_argument(
+        "--preset", choices=PRESETS, metavar="NAME", help="options of a published result; flags beside it win"
+    )
+
+
+def generate_arguments(argv: list[str] | None = None) -> Namespace:
+    """The options of generate.py: what --preset sets where nothing else is given, then the defaults.
+
+    A preset's --train-steps is that of its own run; with another --exp-path the latest checkpoint counts, as without.
+    """
+    parser = generate_parser()
+    first = ArgumentParser(add_help=False)
+    add_preset_flag(first)
+    name = first.parse_known_args(argv)[0].preset
+    options = {} if name is None else PRESETS[name].options
+    parser.set_defaults(**{key: value for key, value in options.items() if key != "train_steps"})
+    args = parser.parse_args(argv)
+    if args.exp_path is None:
+        parser.error("--exp-path: nothing was given; the folder of a run, or --preset NAME, is needed")
+    if args.train_steps is None and args.exp_path == options.get("exp_path"):
+        args.train_steps = options["train_steps"]
+    return args
 
 
 def save_vae_parser() -> ArgumentParser:

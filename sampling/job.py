@@ -23,9 +23,10 @@ from sampling.trained import TrainedRun
 from utils.errors import InputError
 from utils.files import sha256
 
-# Options that the images do not depend on: an interrupted job may be taken up with others. (--train-steps and --tf32
-# count through what they come to.)
+# Options that the images do not depend on: an interrupted job may be taken up with others. (--preset, --train-steps and
+# --tf32 count through what they come to.)
 FREE = {
+    "preset",
     "exp_path",
     "train_steps",
     "sample_dir",

@@ -10,13 +10,23 @@ import torch
 from PIL import Image
 
 import evaluate
-import generate
+from configs.arguments import generate_parser
 from sampling import generation, labels
-from sampling.store import SampleStore
 from tests.support import small
 from tests.support.evaluation_data import encoder_folder, samples_file
 from tests.support.forks import Fork
-from tests.support.sampling import BATCH, CLASSES, COUNT, SIDE, difference, draw, flags, record_calls, refused
+from tests.support.sampling import (
+    BATCH,
+    CLASSES,
+    COUNT,
+    SIDE,
+    difference,
+    draw,
+    flags,
+    interrupt,
+    record_calls,
+    refused,
+)
 from utils.files import sha256
 from utils.rng import sample_labels
 
@@ -122,20 +132,6 @@ def test_a_killed_job_goes_on_and_gives_the_same_file(exps, whole, elsewhere, dr
 # A job that goes on, in one process
 
 
-def interrupt(exps, folder, monkeypatch, after: int, **options) -> None:
-    """A job that stops before its batch number `after` is written."""
-    write = SampleStore.write
-
-    def write_or_stop(store, batch, images):
-        if batch == after:
-            raise KeyboardInterrupt
-        write(store, batch, images)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(SampleStore, "write", write_or_stop)
-        generate.main(flags(exps, folder, **options))
-
-
 def test_a_restart_draws_only_what_is_missing(exps, tmp_path, monkeypatch):
     interrupt(exps, tmp_path / "a", monkeypatch, after=2)
     calls = record_calls(monkeypatch)
@@ -197,7 +193,7 @@ def test_the_network_sees_the_labels_that_the_file_tells(exps, tmp_path):
 
 
 def scheme(count: int = COUNT, **options) -> np.ndarray:
-    args = generate.generate_parser().parse_args(small.argv(exp_path="x", num_fid_samples=count, **options))
+    args = generate_parser().parse_args(small.argv(exp_path="x", num_fid_samples=count, **options))
     return labels.label_scheme(args, CLASSES)(range(count)).numpy()
 
 
@@ -221,7 +217,7 @@ def test_the_record_says_what_was_done_with_what(exps, whole):
     assert record["run"] == "repae" and record["step"] == 7
     assert record["checkpoint"] == str(exps / "repae" / "checkpoints" / "0000007.pt")
     assert record["sha256"]["checkpoint"] == sha256(record["checkpoint"])
-    parsed = vars(generate.generate_parser().parse_args(flags(exps, whole.folder, mode="sde")))
+    parsed = vars(generate_parser().parse_args(flags(exps, whole.folder, mode="sde")))
     assert record["options"] == json.loads(json.dumps(parsed))
     assert record["labels"] == "random" and record["sampler"]["mode"] == "sde" and record["nfe"] == 3
     assert record["drawn"] == COUNT and record["processes"] == record["threads"] == 1

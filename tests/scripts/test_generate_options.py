@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import generate
+from configs.arguments import generate_parser
 from sampling import generation
 from sampling.generation import decode_latents
 from sampling.trained import load_trained
@@ -105,7 +106,7 @@ def test_trajectory_leads_from_the_noise_to_the_sample(exps, tmp_path, options, 
 
 
 def test_the_default_name_is_the_contracts():
-    args = generate.generate_parser().parse_args(["--exp-path", "exps/my-run"])
+    args = generate_parser().parse_args(["--exp-path", "exps/my-run"])
     assert generate.output_name(args, SimpleNamespace(name="my-run", step=400000)) == "my-run_0400000_cfg1.5-0.0-1.0"
 
 

@@ -13,6 +13,7 @@ import generate
 from models.sit import SiT
 from models.vae import load_vae, vae_config
 from models.vae_keys import to_ldm
+from sampling.store import SampleStore
 from tests.support import small
 
 SIDE, CLASSES, COUNT, BATCH = 24, 10, 20, 8  # 24 x 24 pixels, latents 4 x 6 x 6; the third batch is a short one
@@ -71,6 +72,20 @@ def draw(exps: Path, folder: Path, run: str = "repae", **options) -> SimpleNames
         images, labels = arrays["arr_0"], arrays["arr_1"]
     record = json.loads(npz.with_suffix(".json").read_text())
     return SimpleNamespace(images=images, labels=labels, record=record, npz=npz, folder=folder)
+
+
+def interrupt(exps, folder, monkeypatch, after: int, **options) -> None:
+    """A job that stops before its batch number `after` is written."""
+    write = SampleStore.write
+
+    def write_or_stop(store, batch, images):
+        if batch == after:
+            raise KeyboardInterrupt
+        write(store, batch, images)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(SampleStore, "write", write_or_stop)
+        generate.main(flags(exps, folder, **options))
 
 
 def record_calls(monkeypatch) -> list[int]:
