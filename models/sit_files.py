@@ -190,7 +190,7 @@ def start_from(sit: SiT, state: Mapping[str, Tensor], path: str | Path) -> list[
         notes.append(f"--sit-ckpt: the projectors of {path} are for other encoders: this run's start fresh")
         state = {key: value for key, value in state.items() if not key.startswith("projectors.")}
     kept = {key: own[key] for key in own if key.startswith(("bn.", "projectors.")) and key not in state}
-    return notes + load_sit(sit, {**kept, **state}, f"--sit-ckpt: {path}")
+    return notes + load_sit(sit, {**kept, **state}, str(path))
 
 
 def _require_same_shape(sit: SiT, state: Mapping[str, Tensor], path: str | Path) -> None:
@@ -209,4 +209,4 @@ def _require_same_shape(sit: SiT, state: Mapping[str, Tensor], path: str | Path)
     if found != needed:
         names = ("blocks", "width", "patch", "latent channels", "rows of the label table")
         apart = [f"{name} {a}, not {b}" for name, a, b in zip(names, found, needed, strict=True) if a != b]
-        raise InputError(f"--sit-ckpt: {path} has {'; '.join(apart)}, as --model, --vae and --num-classes need")
+        raise InputError(f"{path} has {'; '.join(apart)}, as --model, --vae and --num-classes need")

@@ -109,5 +109,5 @@ def test_a_start_from_an_ldm_keeps_the_normaliser_and_projectors_of_other_encode
     for key, value in fresh.state_dict().items():
         assert torch.equal(value, before[key] if key.startswith(("bn.", "projectors.")) else sit.state_dict()[key]), key
     assert start_from(SiT(**config), sit.state_dict(), "ldm.pt") == []
-    with pytest.raises(InputError, match=r"--sit-ckpt: ldm\.pt has blocks 2, not 3; rows of the label table 11, not 4"):
+    with pytest.raises(InputError, match=r"^ldm\.pt has blocks 2, not 3; rows of the label table 11, not 4"):
         start_from(SiT(**config | {"depth": 3, "num_classes": 3}), sit.state_dict(), "ldm.pt")

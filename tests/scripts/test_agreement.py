@@ -103,13 +103,17 @@ def test_the_unconditional_network_is_sampled_by_its_null_label(place, tmp_path,
     assert "--classes null needs 1" in capsys.readouterr().err
 
 
-def test_joint_training_starts_from_a_trained_ldm_and_goes_on_at_another_resolution(place, tmp_path):
+def test_joint_training_starts_from_a_trained_ldm_and_goes_on_at_another_resolution(place, tmp_path, capsys):
     ldm = train("train_ldm_only", place, tmp_path, "ldm", max_train_steps=2, learning_rate=0.01)
     start = ldm / "checkpoints" / "0000002.pt"
     joint = train("train_repae", place, tmp_path, "joint", sit_ckpt=start, max_train_steps=1, learning_rate=0)
     ours, theirs = small.checkpoint(tmp_path, "joint", 1)["model"], small.checkpoint(tmp_path, "ldm", 2)["ema"]
     for key in ours:
         assert key.startswith("bn.") or torch.equal(ours[key], theirs[key]), key
+
+    with pytest.raises(SystemExit):
+        train("train_repae", place, tmp_path, "refused", sit_ckpt=start, model="SiT-T/1")
+    assert capsys.readouterr().err.count("--sit-ckpt: ") == 1 and not (tmp_path / "refused").exists()
 
     data = small.write_data(tmp_path / "larger", resolution=48)
     larger = dict(data_dir=data, resolution=48, resume_step=1, continue_train_exp_dir=joint, max_train_steps=2)
