@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from models.sit_files import latent_stats_of
 from models.vae_files import require_new_vae_files, save_vae_files, vae_of_checkpoint
 from utils.checkpoint import read_checkpoint
 from utils.errors import InputError, about, command
@@ -25,8 +26,7 @@ def latent_statistics_of(ema: dict, path: Path) -> tuple[torch.Tensor, torch.Ten
     for key in ("bn.running_mean", "bn.running_var"):
         if key not in ema:
             raise InputError(f"{path}: ema lacks the key {key!r}, the statistics of the latents")
-    mean, var = ema["bn.running_mean"].float(), ema["bn.running_var"].float()
-    return var.rsqrt().reshape(1, -1, 1, 1), mean.reshape(1, -1, 1, 1)
+    return latent_stats_of(ema)
 
 
 @command

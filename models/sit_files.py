@@ -40,7 +40,8 @@ def find_sit_state(contents: Mapping, path: str | Path, *, ema: bool = True) -> 
     wanted, notes = "ema" if ema else "model", []
     if "ema" in contents or "model" in contents:
         if not isinstance(contents.get(wanted), Mapping):
-            raise InputError(f"{path} holds no {wanted!r}; --{'no-' if ema else ''}ema takes the other weights")
+            there = "model" if ema else "ema"
+            raise InputError(f"{path} holds no {wanted!r}, the weights that were asked for, but {there!r}")
         contents = contents[wanted]
     elif not ema:
         raise InputError(f"--no-ema: {path} holds one set of weights, and does not say whether it is an average")
@@ -140,6 +141,15 @@ def config_of_state_dict(
         projector_dim=state["projectors.0.0.weight"].shape[0] if projectors else 2048,
         qk_norm=qk_norm,
     )
+
+
+def latent_stats_of(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Scale and bias (1, C, 1, 1) of the latents, from the normaliser in a state dict; no eps, as in public files.
+
+    Copies: the checkpoint may be memory-mapped.
+    """
+    mean, var = state["bn.running_mean"].float(), state["bn.running_var"].float()
+    return var.rsqrt().view(1, -1, 1, 1), mean.clone().view(1, -1, 1, 1)
 
 
 def fit_positions(table: Tensor, grid: int) -> Tensor:

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from dataset.latents import difference
 from models.sit import SIT_SIZES, SiT
-from models.sit_files import config_of_state_dict, find_sit_state
+from models.sit_files import config_of_state_dict, find_sit_state, latent_stats_of
 from models.vae import downsampling, latent_statistics, load_vae, vae_models
 from models.vae_files import vae_of_checkpoint
 from utils.checkpoint import checkpoint_path, latest_step, read_checkpoint
 from utils.errors import InputError
 from utils.modules import load_strictly
 
-BN_VARIANCE, BN_MEAN = "bn.running_var", "bn.running_mean"
+BN_VARIANCE = "bn.running_var"
 SD_VAE_CHANNELS, SD_VAE_SCALE = 4, 0.18215  # as SiT and REPA multiply SD-VAE's latents
 
 
@@ -71,7 +71,7 @@ def load_trained(
     """
     path = find_checkpoint(exp_path, train_steps)
     contents = read_checkpoint(path, need=())
-    args = _stored_args(Path(exp_path)) | contents.pop("args")
+    args = _stored_args(_run_folder(path)) | contents.pop("args")
     state, notes = find_sit_state(contents, path, ema=ema)
     sit = _build_sit(state, args, path)
 
@@ -88,7 +88,7 @@ def load_trained(
     latent_stats, more = _latent_stats(contents, state, path, vae, vae_path)
     sit.set_latent_stats(*latent_stats)
     return TrainedRun(
-        name=Path(exp_path).resolve().name.removesuffix(".pt"),
+        name=_run_name(Path(exp_path)),
         step=_step(contents, path),
         checkpoint=path,
         args=args,
@@ -123,7 +123,20 @@ def find_checkpoint(exp_path: str | Path, train_steps: str | None) -> Path:
     return path
 
 
-def _stored_args(run_dir: Path) -> dict:
+def _run_folder(checkpoint: Path) -> Path | None:
+    """The folder of the run that a checkpoint lies in; None for a file by itself."""
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else None
+
+
+def _run_name(exp_path: Path) -> str:
+    """Of a run its folder's, also where a checkpoint in it is named; of a file by itself its own."""
+    folder = exp_path if exp_path.is_dir() else _run_folder(exp_path.resolve())
+    return exp_path.stem if folder is None else folder.resolve().name
+
+
+def _stored_args(run_dir: Path | None) -> dict:
+    if run_dir is None:
+        return {}
     file = run_dir / "args.json"
     try:
         args = json.loads(file.read_text()) if file.is_file() else {}
@@ -177,19 +190,20 @@ def _latent_stats(
     stored = None if vae_path is None else latent_statistics(vae_path, vae)
     if BN_VARIANCE in state:
         jointly = "vae" in contents
-        norm = state if jointly else contents.get("model", state)
-        # Copies: the checkpoint is memory-mapped.
-        scale, bias = norm[BN_VARIANCE].rsqrt().view(1, -1, 1, 1), norm[BN_MEAN].clone().view(1, -1, 1, 1)
-        apart = None if stored is None else difference((scale, bias), stored)
+        norm = state if jointly or "model" not in contents else find_sit_state(contents, path, ema=False)[0]
+        own = latent_stats_of(norm)
+        apart = None if stored is None else difference(own, stored)
         if apart is None:
-            return (scale, bias), []
-        return (scale, bias), [f"the latent statistics of {path} count; those stored with {vae_path} differ {apart}"]
+            return own, []
+        return own, [f"the latent statistics of {path} count; those stored with {vae_path} differ {apart}"]
 
-    # REPA's and the original SiT carry none.
-    if stored is not None:
-        return stored, [f"{path} carries no latent statistics: those stored with {vae_path} are used"]
-    if vae.config.latent_channels != SD_VAE_CHANNELS:
+    # REPA's and the original SiT carry none. On SD-VAE they are trained under its one scale, whatever lies beside it.
+    if vae.config.latent_channels == SD_VAE_CHANNELS:
+        ones = torch.ones(1, SD_VAE_CHANNELS, 1, 1)
+        sd_vae = SD_VAE_SCALE * ones, 0 * ones
+        note = f"{path} carries no latent statistics: SD-VAE's scale {SD_VAE_SCALE} is used, as SiT and REPA do"
+        apart = None if stored is None else difference(sd_vae, stored)
+        return sd_vae, [note if apart is None else f"{note}; those stored with {vae_path} differ {apart}"]
+    if stored is None:
         raise InputError(f"--vae-ckpt: neither {path} nor {vae_path} carries latent statistics")
-    ones = torch.ones(1, SD_VAE_CHANNELS, 1, 1)
-    note = f"neither {path} nor {vae_path} carries latent statistics: SD-VAE's scale {SD_VAE_SCALE} is used"
-    return (SD_VAE_SCALE * ones, 0 * ones), [note]
+    return stored, [f"{path} carries no latent statistics: those stored with {vae_path} are used"]

@@ -75,12 +75,11 @@ class Optimizer:
         index_of = {name: index for index, name in enumerate(names)}
         entries = {}
         for index, (name, parameter) in enumerate(zip(self.names, self.parameters, strict=True)):
-            if name in fresh:
+            if name in fresh or not parameter.requires_grad:  # a frozen one has no use for moments
                 continue
             entry = saved["state"].get(index_of.get(name))
             if entry is None:
-                # None has moments before the first step; a frozen parameter, such as LDM-only's pos_embed, never has.
-                if saved["state"] and parameter.requires_grad:
+                if saved["state"]:  # none has moments before the first step
                     raise InputError(f"{what} lacks the moments of {name}")
                 continue
             if entry["exp_avg"].numel() != parameter.numel():

@@ -65,7 +65,7 @@ def test_weights_are_found_in_every_wrapping(sit):
     ("contents", "needed"),
     [
         ({"weights": torch.zeros(1)}, "lacks 'x_embedder.proj.weight'"),
-        ({"model": {"x": torch.zeros(1)}}, "holds no 'ema'; --no-ema"),
+        ({"model": {"x": torch.zeros(1)}}, "holds no 'ema', the weights that were asked for, but 'model'"),
         ({"ema": {}}, "holds no SiT"),
     ],
 )
