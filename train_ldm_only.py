@@ -77,14 +77,15 @@ def train_step(
             targets = [resize_tokens(encoder(*images), nets.sit.grid) for encoder in nets.encoders]  # (B, N, F)
         posterior_eps, noise, t, drop = noising.draw(run.draws(step, micro_step), nets.latent_shape)
 
+        # SiT, as in step 3 of REPA-E, on cached latents.
         nets.sit.train()
         nets.sit.bn.eval()  # the VAE is frozen, and so is the normaliser of its latents
         x_0 = nets.sit.normalize(sample_mean_std(mean_std, posterior_eps))
-        x_t, target = interpolate(x_0, noise, t, noising.path_type)
+        x_t, velocity_target = interpolate(x_0, noise, t, noising.path_type)
         with run.synchronised(nets.sit_ddp, when=micro_step == micro_steps - 1):
             with run.autocast():
                 velocity, projections = nets.sit_ddp(x_t, t, labels, drop)
-            denoising_loss = velocity_loss(velocity, target).mean()
+            denoising_loss = velocity_loss(velocity, velocity_target).mean()
             proj_loss = alignment_loss(projections, targets) if targets else denoising_loss.new_zeros(())
             sit_loss = denoising_loss + proj_coeff * proj_loss
             optimizer.backward(sit_loss / micro_steps)
@@ -92,6 +93,8 @@ def train_step(
         for name, value in dict(sit_loss=sit_loss, denoising_loss=denoising_loss, proj_loss=proj_loss).items():
             logs[name] = logs.get(name, 0) + value.detach() / micro_steps
     logs["grad_norm_sit"] = optimizer.step()
+
+    # EMA of SiT's parameters.
     update_ema(nets.ema, nets.sit, ema_decay)
     return logs
 

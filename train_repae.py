@@ -105,13 +105,13 @@ def train_step(
                     moments, z, reconstruction = nets.vae_ddp(pixels, posterior_eps)
                 reconstruction = reconstruction.float()
                 vae_loss, terms = nets.vae_loss(pixels, reconstruction, moments, nets.discriminator, step)
-                x_t, target = interpolate(nets.sit.normalize(z), noise, t, noising.path_type)
+                x_t, velocity_target = interpolate(nets.sit.normalize(z), noise, t, noising.path_type)
                 with run.autocast():
                     if stop_grad:
                         projections = nets.sit.project(x_t, t, labels)
                     else:  # the paper's negative control: the diffusion loss reaches the VAE
                         velocity, projections = nets.sit(x_t, t, labels)
-                        vae_loss = vae_loss + velocity_loss(velocity, target).mean()
+                        vae_loss = vae_loss + velocity_loss(velocity, velocity_target).mean()
                 vae_align_loss = alignment_loss(projections, targets)
                 vae_loss = vae_loss + vae_align_proj_coeff * vae_align_loss
                 optimizers.opt_vae.backward(vae_loss / micro_steps)
@@ -126,10 +126,10 @@ def train_step(
 
             # 3. SiT: the same t and noise on detached latents, so that the diffusion loss cannot collapse the VAE.
             nets.sit.train()
-            x_t, target = interpolate(nets.sit.normalize(z.detach()), noise, t, noising.path_type)
+            x_t, velocity_target = interpolate(nets.sit.normalize(z.detach()), noise, t, noising.path_type)
             with run.autocast():
                 velocity, projections = nets.sit_ddp(x_t, t, labels, drop)
-            denoising_loss = velocity_loss(velocity, target).mean()
+            denoising_loss = velocity_loss(velocity, velocity_target).mean()
             proj_loss = alignment_loss(projections, targets)
             sit_loss = denoising_loss + proj_coeff * proj_loss
             optimizers.opt.backward(sit_loss / micro_steps)

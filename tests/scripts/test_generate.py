@@ -28,7 +28,6 @@ from tests.support.sampling import (
     refused,
 )
 from utils.files import sha256
-from utils.rng import sample_labels
 
 
 @pytest.fixture(scope="module")
@@ -190,23 +189,6 @@ def test_the_network_sees_the_labels_that_the_file_tells(exps, tmp_path):
     np.save(tmp_path / "labels.npy", (random.labels + 1) % CLASSES)
     others = draw(exps, tmp_path / "b", label_file=tmp_path / "labels.npy")
     assert (difference(others.images, random.images).max(axis=(1, 2, 3)) > 2).all()
-
-
-def scheme(count: int = COUNT, **options) -> np.ndarray:
-    args = generate_parser().parse_args(small.argv(exp_path="x", num_fid_samples=count, **options))
-    return labels.label_scheme(args, CLASSES)(range(count)).numpy()
-
-
-def test_labels_are_drawn_or_dealt_as_asked_for():
-    random = scheme(5000)
-    assert np.array_equal(random, sample_labels(0, range(5000), CLASSES).numpy())
-    assert np.bincount(random, minlength=CLASSES).min() > 400
-    assert np.array_equal(np.bincount(scheme(50, label_sampling="equal")), [5] * CLASSES)
-    assert np.array_equal(scheme(6, classes="7,2, 3", label_sampling="equal"), [7, 2, 3, 7, 2, 3])
-    some = scheme(300, classes="7,2")
-    assert set(some) == {2, 7} and 100 < (some == 7).sum() < 200
-    assert set(scheme(300, num_classes=3)) == {0, 1, 2}
-    assert not np.array_equal(scheme(100, global_seed=1), scheme(100))
 
 
 # Record and evaluation

@@ -1,4 +1,4 @@
-"""generate.py's options, the checkpoints that it reads, bad input; and the previews that training draws."""
+"""generate.py's options, the checkpoints that it reads, and bad input."""
 
 from types import SimpleNamespace
 
