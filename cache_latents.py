@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         data = ImageData(args.data_dir)
         vae = load_vae(args.vae_arch, args.vae_ckpt_path, flags=("--vae-arch", "--vae-ckpt-path"))
         stored = latent_statistics(args.vae_ckpt_path, vae, flag="--vae-ckpt-path")
-        cache = LatentCache(Path(args.output_dir, args.vae_latents_name), describe(args, vae, data))
+        cache = LatentCache(Path(args.output_dir or args.data_dir, args.vae_latents_name), describe(args, vae, data))
         unfinished = cache.start(overwrite=args.overwrite)
     if not unfinished:
         if processes.is_main_process:

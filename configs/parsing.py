@@ -2,7 +2,9 @@
 
 import argparse
 import os
+import re
 import sys
+from pathlib import Path
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -48,6 +50,28 @@ def grid_shape(text: str) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
+class Shipped(str):
+    """A default that is a file of this repository, named from its root: found from any folder (a path that is given
+    counts from the current folder, also where it reads the same)."""
+
+
+def path(text: str) -> str:
+    """A file or folder, with the user's home for a leading `~`; where a name goes too (ORG/NAME), it stays as it is."""
+    if isinstance(text, Shipped):
+        return os.path.relpath(Path(__file__).parents[1] / text)
+    return os.path.expanduser(text)  # noqa: PTH111 - pathlib's would rewrite "./x", and stop at an unknown "~name"
+
+
+def paths(text: str) -> str:
+    """Files between commas."""
+    return ",".join(map(path, text.split(",")))
+
+
+def encoders(text: str) -> str:
+    """Names of encoders between commas; that of a folder, `timm:local-dir:FOLDER`, holds a path."""
+    return re.sub(r"(?<=:local-dir:)[^,]+", lambda folder: path(folder[0]), text)
+
+
 def _bounded(kind, text, holds, needed):
     try:
         value = kind(text)
@@ -60,3 +84,15 @@ def _bounded(kind, text, holds, needed):
 
 def on_off(group, flag: str, default: bool, help: str) -> None:
     group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=help)
+
+
+class OneSpelling(argparse.Action):
+    """Store the value of a flag with two spellings; both at once could contradict each other."""
+
+    spelling = None  # under which it was given
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if self.spelling not in (None, option_string):
+            parser.error(f"{self.spelling} and {option_string} are one flag, and both were given")
+        self.spelling = option_string
+        setattr(namespace, self.dest, values)
