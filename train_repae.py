@@ -10,7 +10,7 @@ velocity of the latents, detached, and the alignment; SiT's EMA follows.
 from configs.arguments import repae_parser
 
 if __name__ == "__main__":  # --help and a mistyped flag answer before the heavy imports
-    repae_parser().parse_args()
+    repae_parser().answer_before_imports()
 
 import copy
 from collections.abc import Iterator

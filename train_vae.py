@@ -11,7 +11,7 @@ the other scripts.
 from configs.arguments import vae_parser
 
 if __name__ == "__main__":  # --help and a mistyped flag answer before the heavy imports
-    vae_parser().parse_args()
+    vae_parser().answer_before_imports()
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field

@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -17,6 +18,17 @@ class ArgumentParser(argparse.ArgumentParser):
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"{self.prog}: error: {message}", file=sys.stderr)
         sys.exit(2)
+
+    def answer_before_imports(self) -> None:
+        """Answer --help and a mistyped flag; from here on, until `main` begins, Ctrl-C ends the process in one line."""
+        self.parse_args()
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it is another where a shell ignores Ctrl-C
+            signal.signal(signal.SIGINT, self._leave)
+
+    def _leave(self, *_):
+        if int(os.environ.get("RANK", 0)) == 0:
+            os.write(2, f"{self.prog}: stopped: interrupted\n".encode())
+        os._exit(130)  # an exception could be caught by whatever is being imported
 
 
 def positive_int(text: str) -> int:

@@ -16,6 +16,8 @@ METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
 RUN_FILES = ("args.json", "checkpoints", "samples", METRICS, EVALUATIONS, "log.txt", "latents-stats.pt")
 # How a run goes on may differ from how it began.
 FREE_TO_CHANGE = ("resume", "resume_step", "continue_train_exp_dir", "overwrite")
+# What args.json of older runs says where nothing was given; not given now either, nothing has changed.
+FORMER_DEFAULTS = {"epochs": 1400}
 
 
 def resume_point(args: argparse.Namespace, folder: Path) -> tuple[int, Path | None]:
@@ -80,10 +82,11 @@ def changed_flags(folder: Path, args: argparse.Namespace, start_step: int) -> li
     """Notes on flags that had other values in the run's earlier part."""
     file = folder / "args.json"
     before = json.loads(file.read_text()) if file.is_file() else {}
+    changed = {key: value for key, value in vars(args).items() if key in before and before[key] != value}
     return [
         f"--{key.replace('_', '-')} was {before[key]} until step {start_step}; now {value}"
-        for key, value in vars(args).items()
-        if key not in FREE_TO_CHANGE and key in before and before[key] != value
+        for key, value in changed.items()
+        if key not in FREE_TO_CHANGE and not (value is None and before[key] == FORMER_DEFAULTS.get(key))
     ]
 
 
