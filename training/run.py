@@ -242,7 +242,7 @@ class Run:
                 run_folder.clear(self.folder, self.args.logging_dir)
             run_folder.make(self.folder, self.args, self.start_step)
             self._handlers = run_folder.open_log(self.folder)
-            self.trackers = open_trackers(self.args, self.folder)
+            self.trackers = open_trackers(self.args, self.folder, start_step=self.start_step)
             for note in self.notes:
                 logger.warning(note)
         self.wait()

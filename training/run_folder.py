@@ -7,13 +7,14 @@ import shutil
 import sys
 from pathlib import Path
 
+from training.trackers import WANDB_RUN
 from utils.checkpoint import checkpoint_path, latest_step
 from utils.errors import InputError
 from utils.files import require_writable, write_json
 
 METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
 # What a run puts into its folder; `--overwrite` removes these, the tracker's folder and nothing else.
-RUN_FILES = ("args.json", "checkpoints", "samples", METRICS, EVALUATIONS, "log.txt", "latents-stats.pt")
+RUN_FILES = ("args.json", "checkpoints", "samples", METRICS, EVALUATIONS, "log.txt", "latents-stats.pt", WANDB_RUN)
 # How a run goes on may differ from how it began.
 FREE_TO_CHANGE = ("resume", "resume_step", "continue_train_exp_dir", "overwrite")
 # What args.json of older runs says where nothing was given; not given now either, nothing has changed.
@@ -62,9 +63,10 @@ def require_free(args: argparse.Namespace, folder: Path) -> None:
 
 
 def clear(folder: Path, logging_dir: str) -> None:
-    """Remove an earlier run of this name, and nothing else."""
-    for name in (*RUN_FILES, logging_dir):
-        path = folder / name
+    """Remove an earlier run of this name, and nothing else: a --logging-dir that lies elsewhere is left alone."""
+    logs = folder / logging_dir
+    inside = folder.resolve() in logs.resolve().parents
+    for path in (*(folder / name for name in RUN_FILES), *([logs] if inside else [])):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
