@@ -318,7 +318,7 @@ def previews(args, run: Run, nets: Networks, data: ImageData) -> dict[str, np.nd
     )
     if not run.is_main:
         return {}
-    images, _ = data.__getitems__(evenly_spaced(len(data), args.num_preview // 2))
+    images, _ = data.__getitems__(evenly_spaced(len(data), (args.num_preview + 1) // 2))
     pairs = reconstruction_pairs(vae, images.to(run.device))
     return {"samples": image_grid(samples, columns=8), "reconstructions": image_grid(pairs, columns=8)}
 

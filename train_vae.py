@@ -174,7 +174,7 @@ def previews(args, run: Run, nets: Networks, data: ImageData) -> dict[str, np.nd
     """Images beside their reconstructions as a grid; on rank 0."""
     if not run.is_main:
         return {}
-    images, _ = data.__getitems__(evenly_spaced(len(data), args.num_preview // 2))
+    images, _ = data.__getitems__(evenly_spaced(len(data), (args.num_preview + 1) // 2))
     pairs = reconstruction_pairs(nets.vae.vae, images.to(run.device))
     return {"reconstructions": image_grid(pairs, columns=8)}
 

@@ -6,6 +6,7 @@ import secrets
 import socket
 import threading
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -31,6 +32,7 @@ def open_trackers(args: Namespace, folder: Path, *, start_step: int = 0) -> list
         from accelerate.tracking import TensorBoardTracker
 
         tracker = TensorBoardTracker(args.exp_name, logging_dir=str(logging_dir))
+        tracker.log_images = partial(tracker.log_images, dataformats="NHWC")  # as wandb takes them anyway
     else:
         from accelerate.tracking import WandBTracker
 

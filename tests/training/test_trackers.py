@@ -173,14 +173,18 @@ def test_the_probe_waits_no_longer_than_it_says(monkeypatch):
     assert time.monotonic() - start < 0.8
 
 
-def test_tensorboard_gets_the_rows_of_the_metrics(place, tmp_path):
+def test_tensorboard_gets_the_rows_of_the_metrics_and_the_pictures(place, tmp_path, few_steps):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train_ldm_only.main(small.ldm_options(place, tmp_path, "run", report_to="tensorboard", max_train_steps=2))
+    train_ldm_only.main(
+        small.ldm_options(place, tmp_path, "run", report_to="tensorboard", max_train_steps=2, num_preview=1)
+    )
     rows = small.metrics(tmp_path, "run")
     (folder,) = {path.parent for path in (tmp_path / "run" / "logs" / "run").glob("*tfevents*")}
     events = EventAccumulator(str(folder))
     events.Reload()
     assert set(rows[0]) - {"step"} <= set(events.Tags()["scalars"])
+    (picture,) = events.Images("samples")
+    assert (picture.step, picture.height, picture.width) == (2, small.RESOLUTION, 8 * small.RESOLUTION)
     logged = [(event.step, event.value) for event in events.Scalars("sit_loss")]
     assert logged == [(row["step"], pytest.approx(row["sit_loss"], rel=1e-6)) for row in rows]
