@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from sampling.trained import load_trained
+from tests.support.refusals import refusal
 from tests.support.sampling import draw
 from utils.errors import InputError
 from utils.files import sha256
@@ -35,6 +36,26 @@ def test_repae_takes_the_statistics_of_the_average(exps, tmp_path):
         scale, bias = load_trained(tmp_path, ema=ema).latent_stats
         torch.testing.assert_close(bias, torch.full((1, 4, 1, 1), 1.3))
         torch.testing.assert_close(scale, torch.full((1, 4, 1, 1), 0.5))
+
+
+def test_a_vae_that_the_args_name_is_no_flag_that_somebody_gave(exps, tmp_path):
+    contents = torch.load(exps / "ldm" / "checkpoints" / "0000007.pt")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "page.pt").write_text("<html>404</html>")
+    checkpoint = tmp_path / "checkpoints" / "0000007.pt"
+    for arch, name, said in (
+        (
+            "f4d4-tiny",
+            tmp_path / "gone.pt",
+            f"its args name the VAE {tmp_path / 'gone.pt'}, which does not exist; give",
+        ),
+        ("auto", tmp_path / "gone", f"its args name the VAE {tmp_path / 'gone'}, which does not exist; give"),
+        ("f4d4-tiny", tmp_path / "page.pt", f"its args name a VAE that cannot be used: {tmp_path / 'page.pt'} is"),
+    ):
+        torch.save(contents | {"args": contents["args"] | {"vae": arch, "vae_ckpt": str(name)}}, checkpoint)
+        message = refusal(load_trained, tmp_path)
+        assert message.startswith(f"{checkpoint}: {said}") and message.endswith("as --vae-ckpt")
+    assert load_trained(tmp_path, vae_ckpt=str(exps / "vae" / "vae.pt")).vae_path == exps / "vae" / "vae.pt"
 
 
 def test_weights_of_another_kind_are_refused(exps, tmp_path):
