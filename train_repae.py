@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
     measured = checkpoint is None and start_normalizer(run, nets, data)
     del checkpoint  # frees its tensors
 
-    run.open_folder()
+    run.open_folder(from_checkpoint=("vae", "vae_ckpt", "disc_pretrained_ckpt"))
     if measured and run.is_main:
         save_latent_stats(run.folder / "latents-stats.pt", *nets.latent_stats)
     nets.vae_ddp, nets.sit_ddp = run.wrap(nets.vae.train()), run.wrap(nets.sit.train())

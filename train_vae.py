@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
             require_new_vae_files(args.output_dir, args.exp_name, "--exp-name")
     del checkpoint  # frees its tensors
 
-    run.open_folder()
+    run.open_folder(from_checkpoint=("vae", "vae_ckpt", "disc_pretrained_ckpt"))
     nets.vae_ddp, nets.discriminator_ddp = run.wrap(nets.vae.train()), run.wrap(nets.discriminator.train())
     if args.compile:
         nets.vae_ddp.compile()

@@ -76,7 +76,7 @@ def path(text: str) -> str:
 
 def paths(text: str) -> str:
     """Files between commas."""
-    return ",".join(map(path, text.split(",")))
+    return ",".join(path(file.strip()) for file in text.split(","))
 
 
 def encoders(text: str) -> str:

@@ -233,11 +233,15 @@ class Run:
         size += sum(tensor.nbytes for module in copies for tensor in module.parameters())
         require_disk(self.folder, size, "--output-dir: a checkpoint")
 
-    def open_folder(self) -> None:
-        """Make the folder, args.json, the log and the tracker. Everything that can be checked has been."""
+    def open_folder(self, *, from_checkpoint: tuple[str, ...] = ()) -> None:
+        """Make the folder, args.json, the log and the tracker. Everything that can be checked has been.
+
+        Args:
+            from_checkpoint: options of a fresh run that a resumed one does not read.
+        """
         if self.is_main:
             if self.goes_on:
-                self.notes += run_folder.changed_flags(self.folder, self.args, self.start_step)
+                self.notes += run_folder.changed_flags(self.folder, self.args, self.start_step, from_checkpoint)
             elif self.args.overwrite:
                 run_folder.clear(self.folder, self.args.logging_dir)
             run_folder.make(self.folder, self.args, self.start_step)

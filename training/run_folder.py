@@ -80,16 +80,21 @@ def make(folder: Path, args: argparse.Namespace, start_step: int) -> None:
     _forget_rows_after(folder, start_step)
 
 
-def changed_flags(folder: Path, args: argparse.Namespace, start_step: int) -> list[str]:
-    """Notes on flags that had other values in the run's earlier part."""
+def changed_flags(
+    folder: Path, args: argparse.Namespace, start_step: int, from_checkpoint: tuple[str, ...] = ()
+) -> list[str]:
+    """Notes on flags that had other values in the run's earlier part; those `from_checkpoint` are not read again."""
     file = folder / "args.json"
     before = json.loads(file.read_text()) if file.is_file() else {}
     changed = {key: value for key, value in vars(args).items() if key in before and before[key] != value}
-    return [
-        f"--{key.replace('_', '-')} was {before[key]} until step {start_step}; now {value}"
-        for key, value in changed.items()
-        if key not in FREE_TO_CHANGE and not (value is None and before[key] == FORMER_DEFAULTS.get(key))
-    ]
+    notes = []
+    for key, value in changed.items():
+        flag = f"--{key.replace('_', '-')}"
+        if key in from_checkpoint:
+            notes.append(f"{flag} {value} is not read: the run goes on from the checkpoint of step {start_step}")
+        elif key not in FREE_TO_CHANGE and not (value is None and before[key] == FORMER_DEFAULTS.get(key)):
+            notes.append(f"{flag} was {before[key]} until step {start_step}; now {value}")
+    return notes
 
 
 def _forget_rows_after(folder: Path, step: int) -> None:

@@ -55,6 +55,8 @@ def command(main):
             with when_interrupted(lambda: "interrupted"):
                 return _ended_in_one_line(main, argv)
         except KeyboardInterrupt as interrupt:  # also one that came while an error, of a lost process, was handled
+            if _reached_by_signals(before):
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends a second one; one line is enough
             traceback.clear_frames(interrupt.__traceback__)  # progress bars end their lines
             if int(os.environ.get("RANK", 0)) == 0:
                 _say(f"stopped: {interrupt}")

@@ -150,7 +150,7 @@ def test_every_path_may_start_at_home(script, flag, monkeypatch):
 
 def test_of_several_files_each_may_start_at_home(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    assert parsing.paths("~/a.pth,,b~.pth,~/c") == "/home/me/a.pth,,b~.pth,/home/me/c"
+    assert parsing.paths("~/a.pth,,b~.pth, ~/c") == "/home/me/a.pth,,b~.pth,/home/me/c"
     assert parsing.encoders("timm:local-dir:~/a,timm:local-dir:b,~c") == "timm:local-dir:/home/me/a,timm:local-dir:b,~c"
     assert parsed("evaluate.py", "--vae-ckpt", "~/a", "ORG/NAME")["vae_ckpt"] == ["/home/me/a", "ORG/NAME"]
     assert parsing.path("./a~b/") == "./a~b/" and parsing.path("~nobody-here/a") == "~nobody-here/a"

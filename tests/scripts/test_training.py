@@ -239,6 +239,20 @@ def test_a_run_of_the_former_default_of_epochs_goes_on(place, tmp_path):
     assert said(tmp_path, "run") == [] and len(small.metrics(tmp_path, "run")) == 3
 
 
+@pytest.mark.parametrize("script", ["train_repae", "train_vae"])
+def test_weights_that_a_resumed_run_does_not_read_are_named(script, place, tmp_path):
+    train(script, place, tmp_path, "run", max_train_steps=2)
+    other = dict(vae_ckpt=tmp_path / "other.pt", disc_pretrained_ckpt=tmp_path / "disc.pt", max_train_steps=3)
+    train(script, place, tmp_path, "run", resume="latest", **other)
+    unread = "is not read: the run goes on from the checkpoint of step 2"
+    lines = [line for line in said(tmp_path, "run") if not line.startswith("encoder")]
+    assert sorted(lines) == [
+        f"--disc-pretrained-ckpt {tmp_path / 'disc.pt'} {unread}",
+        "--max-train-steps was 2 until step 2; now 3",
+        f"--vae-ckpt {tmp_path / 'other.pt'} {unread}",
+    ]
+
+
 def test_the_learning_rate_of_train_vae_is_that_of_the_vae(place, tmp_path):
     for rate in (0, 0.5):
         train("train_vae", place, tmp_path, f"{rate}", learning_rate=rate, disc_learning_rate=3e-5, max_train_steps=2)
