@@ -10,7 +10,7 @@ number of processes. Everything is float32 without TF32: the cache is computed o
 from configs.arguments import cache_parser
 
 if __name__ == "__main__":  # --help and a mistyped flag answer before the heavy imports
-    cache_parser().parse_args()
+    cache_parser().answer_before_imports()
 
 import logging
 import time
@@ -25,8 +25,8 @@ from dataset.latent_cache import LatentCache
 from models.posterior import encode_moments, to_mean_std
 from models.vae import downsampling, latent_statistics, load_vae, vae_config
 from models.vae_files import vae_sha256
-from utils.distributed import main_first, start_processes
-from utils.errors import InputError, about, command
+from utils.distributed import launcher_notes, main_first, start_processes
+from utils.errors import InputError, about, command, when_interrupted
 from utils.images import to_signed
 
 FLUSH_SECONDS = 20.0  # what a killed job loses at most
@@ -38,6 +38,9 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s")
     processes = start_processes()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    if processes.is_main_process:
+        for note in launcher_notes(mixed_precision=("no", "float32, in which latents are cached,")):
+            logging.warning(note)
 
     # What can be refused is refused before anything is written; a finished cache stays as it is.
     with main_first():
@@ -47,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         data = ImageData(args.data_dir)
         vae = load_vae(args.vae_arch, args.vae_ckpt_path, flags=("--vae-arch", "--vae-ckpt-path"))
         stored = latent_statistics(args.vae_ckpt_path, vae, flag="--vae-ckpt-path")
-        cache = LatentCache(Path(args.output_dir, args.vae_latents_name), describe(args, vae, data))
+        cache = LatentCache(Path(args.output_dir or args.data_dir, args.vae_latents_name), describe(args, vae, data))
         unfinished = cache.start(overwrite=args.overwrite)
     if not unfinished:
         if processes.is_main_process:
@@ -60,7 +63,8 @@ def main(argv: list[str] | None = None) -> None:
     blocks = cache.missing_blocks(args.pproc_batch_size)
     processes.wait_for_everyone()  # nobody may write before all know what is missing
     mine = blocks[processes.process_index :: processes.num_processes]
-    with about("--vae-ckpt-path"):
+    going_on = "interrupted; the latents that are finished stay, and the same command goes on from them"
+    with about("--vae-ckpt-path"), when_interrupted(lambda: going_on):
         encode_blocks(vae.to(processes.device), data, mine, cache, args, show=processes.is_main_process)
         processes.wait_for_everyone()
 
@@ -105,14 +109,16 @@ def encode_blocks(vae, data: ImageData, blocks: list[range], cache: LatentCache,
     )
     last_flush = time.monotonic()
     progress = tqdm(zip(blocks, loader, strict=True), total=len(blocks), unit="batch", disable=not show)
-    for block, (images, _) in progress:
-        with torch.inference_mode():
-            mean_std = to_mean_std(encode_moments(vae, to_signed(images.to(device, non_blocking=True))))
-        cache.write(block.start, mean_std.cpu())
-        if time.monotonic() - last_flush > FLUSH_SECONDS:
-            cache.flush()
-            last_flush = time.monotonic()
-    cache.flush()
+    try:
+        for block, (images, _) in progress:
+            with torch.inference_mode():
+                mean_std = to_mean_std(encode_moments(vae, to_signed(images.to(device, non_blocking=True))))
+            cache.write(block.start, mean_std.cpu())
+            if time.monotonic() - last_flush > FLUSH_SECONDS:
+                cache.flush()
+                last_flush = time.monotonic()
+    finally:
+        cache.flush()  # what is written counts, also where the job is interrupted
 
 
 def as_it_is(batch):

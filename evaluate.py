@@ -11,7 +11,7 @@ Several processes: `torchrun --nproc_per_node=8 evaluate.py ...`; the numbers ar
 from configs.arguments import evaluate_parser
 
 if __name__ == "__main__":  # --help and a mistyped flag answer before the heavy imports
-    evaluate_parser().parse_args()
+    evaluate_parser().answer_before_imports()
 
 import argparse
 import logging
@@ -29,7 +29,7 @@ from evaluation.reconstruction import check_size, comparison_picture, measure_re
 from evaluation.reference import read_reference, reference_images, save_reference
 from loss.perceptual import load_lpips
 from models.vae import load_vae
-from utils.distributed import main_first, rank, start_processes, world_size
+from utils.distributed import launcher_notes, main_first, rank, start_processes, world_size
 from utils.errors import InputError, about, command
 from utils.files import require_writable, write_json
 from utils.images import save_png
@@ -44,6 +44,9 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("timm").setLevel(logging.WARNING)
     accelerator = start_processes()
+    if rank() == 0:
+        for note in launcher_notes(mixed_precision=("no", "float32, in which features are measured,")):
+            logging.warning(note)
     try:
         with main_first():
             check_flags(args)

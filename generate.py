@@ -8,10 +8,10 @@ Sample number i depends on (--global-seed, i) alone: not on the batch size, the 
 killed job, started again with the same flags, draws only what is missing.
 """
 
-from configs.arguments import generate_arguments
+from configs.arguments import generate_arguments, generate_parser
 
 if __name__ == "__main__":  # --help and a mistyped flag answer before the heavy imports
-    generate_arguments()
+    generate_parser().answer_before_imports(generate_arguments)
 
 import argparse
 import logging
@@ -30,12 +30,19 @@ from dataset.image_sources import require_size
 from evaluation.evaluator import NEIGHBOUR, Evaluator
 from evaluation.features import load_features
 from evaluation.reference import read_reference, reference_images
-from sampling.job import SamplingJob, check_sampling_flags, output_name, sampling_job, set_sampling_numerics
+from sampling.job import (
+    SamplingJob,
+    check_sampling_flags,
+    output_name,
+    precision_name,
+    sampling_job,
+    set_sampling_numerics,
+)
 from sampling.presets import blaming_preset, preset_line, published_result, require_preset_run
 from sampling.store import SampleStore
 from sampling.trained import load_trained
-from utils.distributed import from_main, main_first, start_processes, together
-from utils.errors import InputError, about, command
+from utils.distributed import from_main, launcher_notes, main_first, start_processes, together
+from utils.errors import InputError, about, command, when_interrupted
 from utils.files import write_json
 from utils.images import image_grid, save_png
 
@@ -49,6 +56,8 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO if processes.is_main_process else logging.WARNING, format="%(message)s")
     logging.getLogger("timm").setLevel(logging.WARNING)
     set_sampling_numerics(args)
+    for note in launcher_notes(mixed_precision=(args.precision, f"--precision {precision_name(args)}")):
+        logging.info(note)
 
     # Load the run; what can be refused is refused before anything is written.
     with main_first(), blaming_preset(args):
@@ -77,7 +86,8 @@ def main(argv: list[str] | None = None) -> None:
         model.to(processes.device)
         if args.compile:
             model.sit.compile(dynamic=False)  # a guidance interval makes two batch sizes: a graph each
-        with together():
+        going_on = "interrupted; the samples that are finished stay, and the same command draws the others"
+        with together(), when_interrupted(lambda: going_on):
             speed = draw_missing(job, store, evaluator, missing, processes)
 
         # Measure, and give the result its names.

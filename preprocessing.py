@@ -10,7 +10,7 @@ that lie in the folder itself.
 from configs.arguments import preprocessing_parser
 
 if __name__ == "__main__":  # --help and a mistyped flag answer before the heavy imports
-    preprocessing_parser().parse_args()
+    preprocessing_parser().answer_before_imports()
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 from dataset.preprocess import check_output, list_images, write_data_folder
-from utils.errors import command
+from utils.errors import command, when_interrupted
 
 
 @command
@@ -35,7 +35,7 @@ def main(argv=None):
     check_output(output, root, args.overwrite)
     files, labels, class_names = list_images(root)
     files, labels = files[: args.max_images], labels[: args.max_images]
-    try:
+    with when_interrupted(lambda: "interrupted; nothing was written"):
         skipped = write_data_folder(
             output,
             root,
@@ -47,9 +47,6 @@ def main(argv=None):
             stop_on_error=args.on_error == "stop",
             exif_orientation=args.exif_orientation,
         )
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        sys.exit(130)
 
     # What came of it.
     for entry in skipped[:10]:

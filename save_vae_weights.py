@@ -8,7 +8,7 @@ writes exps/e2e-vae/e2e-vae.pt, e2e-vae-latents-stats.pt, e2e-vae-discriminator-
 from configs.arguments import save_vae_parser
 
 if __name__ == "__main__":  # --help and a mistyped flag answer before the heavy imports
-    save_vae_parser().parse_args()
+    save_vae_parser().answer_before_imports()
 
 from pathlib import Path
 

@@ -8,7 +8,7 @@
 from configs.arguments import ldm_only_parser
 
 if __name__ == "__main__":  # --help and a mistyped flag answer before the heavy imports
-    ldm_only_parser().parse_args()
+    ldm_only_parser().answer_before_imports()
 
 import copy
 from collections.abc import Iterator

@@ -10,7 +10,7 @@ velocity of the latents, detached, and the alignment; SiT's EMA follows.
 from configs.arguments import repae_parser
 
 if __name__ == "__main__":  # --help and a mistyped flag answer before the heavy imports
-    repae_parser().parse_args()
+    repae_parser().answer_before_imports()
 
 import copy
 from collections.abc import Iterator
@@ -172,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
     measured = checkpoint is None and start_normalizer(run, nets, data)
     del checkpoint  # frees its tensors
 
-    run.open_folder()
+    run.open_folder(from_checkpoint=("vae", "vae_ckpt", "disc_pretrained_ckpt"))
     if measured and run.is_main:
         save_latent_stats(run.folder / "latents-stats.pt", *nets.latent_stats)
     nets.vae_ddp, nets.sit_ddp = run.wrap(nets.vae.train()), run.wrap(nets.sit.train())
@@ -327,7 +327,7 @@ def previews(args, run: Run, nets: Networks, data: ImageData) -> dict[str, np.nd
     samples = preview(nets.ema, vae, stats, args.num_preview, args.seed, config, **shared)
     if not run.is_main:
         return {}
-    images, _ = data.__getitems__(evenly_spaced(len(data), args.num_preview // 2))
+    images, _ = data.__getitems__(evenly_spaced(len(data), (args.num_preview + 1) // 2))
     pairs = reconstruction_pairs(vae, images.to(run.device))
     return {"samples": image_grid(samples, columns=8), "reconstructions": image_grid(pairs, columns=8)}
 

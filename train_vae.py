@@ -11,7 +11,7 @@ the other scripts.
 from configs.arguments import vae_parser
 
 if __name__ == "__main__":  # --help and a mistyped flag answer before the heavy imports
-    vae_parser().parse_args()
+    vae_parser().answer_before_imports()
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
             require_new_vae_files(args.output_dir, args.exp_name, "--exp-name")
     del checkpoint  # frees its tensors
 
-    run.open_folder()
+    run.open_folder(from_checkpoint=("vae", "vae_ckpt", "disc_pretrained_ckpt"))
     nets.vae_ddp, nets.discriminator_ddp = run.wrap(nets.vae.train()), run.wrap(nets.discriminator.train())
     if args.compile:
         nets.vae_ddp.compile()
@@ -174,7 +174,7 @@ def previews(args, run: Run, nets: Networks, data: ImageData) -> dict[str, np.nd
     """Images beside their reconstructions as a grid; on rank 0."""
     if not run.is_main:
         return {}
-    images, _ = data.__getitems__(evenly_spaced(len(data), args.num_preview // 2))
+    images, _ = data.__getitems__(evenly_spaced(len(data), (args.num_preview + 1) // 2))
     pairs = reconstruction_pairs(nets.vae.vae, images.to(run.device))
     return {"reconstructions": image_grid(pairs, columns=8)}
 

@@ -2,7 +2,11 @@
 
 import argparse
 import os
+import re
+import signal
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -15,6 +19,21 @@ class ArgumentParser(argparse.ArgumentParser):
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"{self.prog}: error: {message}", file=sys.stderr)
         sys.exit(2)
+
+    def answer_before_imports(self, parse: Callable[[], object] | None = None) -> None:
+        """Answer --help and a mistyped flag; from here on, until `main` begins, Ctrl-C ends the process in one line.
+
+        Args:
+            parse: reads the command line where `parse_args` alone does not.
+        """
+        (parse or self.parse_args)()
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it is another where a shell ignores Ctrl-C
+            signal.signal(signal.SIGINT, self._leave)
+
+    def _leave(self, *_):
+        if int(os.environ.get("RANK", 0)) == 0:
+            os.write(2, f"{self.prog}: stopped: interrupted\n".encode())
+        os._exit(130)  # an exception could be caught by whatever is being imported
 
 
 def positive_int(text: str) -> int:
@@ -48,6 +67,28 @@ def grid_shape(text: str) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
+class Shipped(str):
+    """A default that is a file of this repository, named from its root: found from any folder (a path that is given
+    counts from the current folder, also where it reads the same)."""
+
+
+def path(text: str) -> str:
+    """A file or folder, with the user's home for a leading `~`; where a name goes too (ORG/NAME), it stays as it is."""
+    if isinstance(text, Shipped):
+        return os.path.relpath(Path(__file__).parents[1] / text)
+    return os.path.expanduser(text)  # noqa: PTH111 - pathlib's would rewrite "./x", and stop at an unknown "~name"
+
+
+def paths(text: str) -> str:
+    """Files between commas."""
+    return ",".join(path(file.strip()) for file in text.split(","))
+
+
+def encoders(text: str) -> str:
+    """Names of encoders between commas; that of a folder, `timm:local-dir:FOLDER`, holds a path."""
+    return re.sub(r"(?<=:local-dir:)[^,]+", lambda folder: path(folder[0]), text)
+
+
 def _bounded(kind, text, holds, needed):
     try:
         value = kind(text)
@@ -60,3 +101,15 @@ def _bounded(kind, text, holds, needed):
 
 def on_off(group, flag: str, default: bool, help: str) -> None:
     group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=help)
+
+
+class OneSpelling(argparse.Action):
+    """Store the value of a flag with two spellings; both at once could contradict each other."""
+
+    spelling = None  # under which it was given
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if self.spelling not in (None, option_string):
+            parser.error(f"{self.spelling} and {option_string} are one flag, and both were given")
+        self.spelling = option_string
+        setattr(namespace, self.dest, values)

@@ -114,7 +114,7 @@ class LatentData:
         array, info = Path(f"{self.path}.npy"), Path(f"{self.path}.json")
         for file in (array, info):
             if not file.is_file():
-                flags = f"--vae-latents-name {self.path.name} --output-dir {self.path.parent} --vae-ckpt-path VAE"
+                flags = f"--vae-latents-name {self.path.name} --data-dir {self.path.parent} --vae-ckpt-path VAE"
                 advice = f"write it with python cache_latents.py {flags}"
                 raise InputError(f"--vae-latents-name: {file} does not exist; {advice}")
 

@@ -4,6 +4,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from configs.arguments import repae_parser
 from evaluation.evaluator import NEIGHBOUR, Evaluator, FeatureSet
 from evaluation.features import load_features
 from evaluation.reference import read_reference
@@ -26,8 +27,9 @@ def online_evaluation(args, run) -> "OnlineEvaluation | None":
     """
     with main_first():
         if args.eval_steps == 0:
-            if args.eval_reference is not None:
-                raise InputError(f"--eval-reference: {args.eval_reference} was given; it goes with --eval-steps")
+            for name in ("eval_reference", "eval_features", "eval_weights", "eval_samples"):
+                if (given := getattr(args, name)) != repae_parser().get_default(name):
+                    raise InputError(f"--{name.replace('_', '-')}: {given} was given; it goes with --eval-steps")
             return None
         if args.eval_reference is None:
             needed = "an ADM reference file, a --save-stats file or images"

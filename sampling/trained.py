@@ -78,9 +78,10 @@ def load_trained(
     vae_path = _find_vae(contents, args, path, vae_ckpt)
     if vae_path is None:
         vae = vae_of_checkpoint(contents | {"args": args}, path)
+    elif vae_ckpt is not None:
+        vae = load_vae("auto", vae_path)
     else:
-        trained_with = args.get("vae") if args.get("vae") in vae_models else "auto"
-        vae = load_vae("auto" if vae_ckpt else trained_with, vae_path)
+        vae = _load_vae_of_args(args, vae_path, path)
     if vae.config.latent_channels != sit.in_channels:
         needed = f"the SiT of {path} needs {sit.in_channels}"
         raise InputError(f"--vae-ckpt: the VAE has {vae.config.latent_channels} latent channels; {needed}")
@@ -177,6 +178,20 @@ def _find_vae(checkpoint: dict, args: dict, path: Path, vae_ckpt: str | Path | N
     if found is None:
         raise InputError(f"--vae-ckpt: {path} holds no VAE and its args name none; give the one it was trained with")
     return Path(found)
+
+
+def _load_vae_of_args(args: dict, vae_path: Path, path: Path) -> AutoencoderKL:
+    """The VAE that a checkpoint's args name, in errors too: nobody gave it here, and it may have moved since."""
+    arch = args.get("vae") if args.get("vae") in vae_models else "auto"
+    needed = "give the VAE that it was trained with as --vae-ckpt"
+    hub_name = arch == "auto" and not vae_path.is_absolute() and len(vae_path.parts) == 2
+    if not vae_path.exists() and not hub_name:
+        raise InputError(f"{path}: its args name the VAE {vae_path}, which does not exist; {needed}")
+    try:
+        return load_vae(arch, vae_path)
+    except InputError as error:
+        problem = str(error).removeprefix("--vae-ckpt: ")
+        raise InputError(f"{path}: its args name a VAE that cannot be used: {problem}; {needed}") from None
 
 
 def _latent_stats(

@@ -24,9 +24,9 @@ from dataset.order import batches, batches_per_epoch
 from training import run_folder
 from training.trackers import open_trackers
 from training.window import Window
-from utils.checkpoint import checkpoint_path, read_checkpoint, write_checkpoint
-from utils.distributed import from_main, main_first, start_processes
-from utils.errors import InputError
+from utils.checkpoint import checkpoint_path, latest_step, read_checkpoint, write_checkpoint
+from utils.distributed import from_main, launcher_notes, main_first, start_processes
+from utils.errors import InputError, when_interrupted
 from utils.files import require_disk
 from utils.images import save_png
 from utils.rng import Draws
@@ -63,6 +63,7 @@ class Run:
             self.goes_on = source is not None and source.resolve() == self.folder.resolve()
             if not self.goes_on:
                 run_folder.require_free(args, self.folder)
+        self._done = self.start_step
 
     # ------------------------------------------------------------------ processes
 
@@ -108,6 +109,12 @@ class Run:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
             torch.backends.cudnn.benchmark = False
+        steps = str(args.gradient_accumulation_steps)
+        self.notes += launcher_notes(
+            mixed_precision=(args.mixed_precision, f"--mixed-precision {args.mixed_precision}"),
+            gradient_accumulation_steps=(steps, f"--gradient-accumulation-steps {steps}"),
+            dynamo_backend=("inductor" if args.compile else "no", "--compile" if args.compile else "--no-compile"),
+        )
 
     def autocast(self) -> torch.autocast:
         """For network passes; losses stay outside."""
@@ -173,14 +180,16 @@ class Run:
         The body of the loop trains one step and hands its scalars to `log`.
 
         Args:
-            data: the data set, whose length makes an epoch; --epochs and --max-train-steps both end the run.
+            data: the data set, whose length makes an epoch; --epochs, where it is given, and --max-train-steps both end
+                the run.
             checkpoint: contents of the checkpoint after so many steps; called on rank 0.
             evaluate: metrics, the same on every process; called on all of them.
             preview: pictures uint8 (H, W, 3) by name; called on all processes, and rank 0's are kept.
         """
         args = self.args
         in_epoch = max(batches_per_epoch(len(data), args.batch_size) // args.gradient_accumulation_steps, 1)
-        self.total_steps = min(args.max_train_steps, args.epochs * in_epoch)
+        self.total_steps = min(args.max_train_steps, (args.epochs or math.inf) * in_epoch)
+        self._say_length(in_epoch)
         if evaluate is not None and self._lacks_evaluation(args.eval_steps):
             self.log_evaluation(self.start_step, evaluate())
 
@@ -188,18 +197,40 @@ class Run:
         self._progress = tqdm(
             steps, initial=self.start_step, total=self.total_steps, disable=not self.is_main, desc=args.exp_name
         )
-        for step in self._progress:
-            # The clock of `images_per_second` counts steps alone: not the checkpoints and evaluations between them.
-            self._clock = time.perf_counter()
-            yield step
+        with when_interrupted(self._what_stays):
+            for step in self._progress:
+                # The clock of `images_per_second` counts steps alone: not the checkpoints and evaluations between them.
+                self._clock = time.perf_counter()
+                yield step
 
-            done = step + 1
-            if self._is_due(done, args.checkpointing_steps):
-                self.save(done, partial(checkpoint, done))
-            if evaluate is not None and self._is_due(done, args.eval_steps):
-                self.log_evaluation(done, evaluate())
-            if preview is not None and args.num_preview and self._is_due(done, args.sampling_steps):
-                self.log_pictures(done, preview())
+                self._done = done = step + 1
+                if self._is_due(done, args.checkpointing_steps):
+                    self.save(done, partial(checkpoint, done))
+                if evaluate is not None and self._is_due(done, args.eval_steps):
+                    self.log_evaluation(done, evaluate())
+                if preview is not None and args.num_preview and self._is_due(done, args.sampling_steps):
+                    self.log_pictures(done, preview())
+        if self.is_main and self._cut_short:
+            logger.warning("the run has ended: %s", self._cut_short)
+
+    def _say_length(self, in_epoch: int) -> None:
+        """Where the run does not come to --max-train-steps, or has nothing left to do, say so before it begins."""
+        args, total = self.args, self.total_steps
+        self._cut_short = None
+        if total < args.max_train_steps:
+            length = f"--epochs {args.epochs} is {total} steps of this data set ({in_epoch} an epoch)"
+            self._cut_short = f"{length}, fewer than --max-train-steps {args.max_train_steps}"
+        if self.is_main and self.start_step >= total:
+            logger.warning("nothing is left to train: the run is at step %d, and ends at %d", self.start_step, total)
+        elif self.is_main and self._cut_short:
+            logger.warning("the run will end early: %s", self._cut_short)
+
+    def _what_stays(self) -> str:
+        """Of a run that is interrupted, for whoever did it."""
+        saved = latest_step(self.folder)
+        if saved is None:
+            return f"interrupted after step {self._done}; there is no checkpoint yet, and no step of it stays"
+        return f"interrupted after step {self._done}; --resume latest goes on from its last checkpoint, of step {saved}"
 
     def _is_due(self, done: int, every: int) -> bool:
         """Whether something that happens every so many steps, and at the end, happens after `done` steps."""
@@ -225,16 +256,20 @@ class Run:
         size += sum(tensor.nbytes for module in copies for tensor in module.parameters())
         require_disk(self.folder, size, "--output-dir: a checkpoint")
 
-    def open_folder(self) -> None:
-        """Make the folder, args.json, the log and the tracker. Everything that can be checked has been."""
+    def open_folder(self, *, from_checkpoint: tuple[str, ...] = ()) -> None:
+        """Make the folder, args.json, the log and the tracker. Everything that can be checked has been.
+
+        Args:
+            from_checkpoint: options of a fresh run that a resumed one does not read.
+        """
         if self.is_main:
             if self.goes_on:
-                self.notes += run_folder.changed_flags(self.folder, self.args, self.start_step)
+                self.notes += run_folder.changed_flags(self.folder, self.args, self.start_step, from_checkpoint)
             elif self.args.overwrite:
                 run_folder.clear(self.folder, self.args.logging_dir)
             run_folder.make(self.folder, self.args, self.start_step)
             self._handlers = run_folder.open_log(self.folder)
-            self.trackers = open_trackers(self.args, self.folder)
+            self.trackers = open_trackers(self.args, self.folder, start_step=self.start_step)
             for note in self.notes:
                 logger.warning(note)
         self.wait()

@@ -7,15 +7,18 @@ import shutil
 import sys
 from pathlib import Path
 
+from training.trackers import WANDB_RUN
 from utils.checkpoint import checkpoint_path, latest_step
 from utils.errors import InputError
 from utils.files import require_writable, write_json
 
 METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
 # What a run puts into its folder; `--overwrite` removes these, the tracker's folder and nothing else.
-RUN_FILES = ("args.json", "checkpoints", "samples", METRICS, EVALUATIONS, "log.txt", "latents-stats.pt")
+RUN_FILES = ("args.json", "checkpoints", "samples", METRICS, EVALUATIONS, "log.txt", "latents-stats.pt", WANDB_RUN)
 # How a run goes on may differ from how it began; and what is no flag.
 FREE_TO_CHANGE = ("resume", "resume_step", "continue_train_exp_dir", "overwrite", "seen_classes")
+# What args.json of older runs says where nothing was given; not given now either, nothing has changed.
+FORMER_DEFAULTS = {"epochs": 1400}
 
 
 def resume_point(args: argparse.Namespace, folder: Path) -> tuple[int, Path | None]:
@@ -60,9 +63,10 @@ def require_free(args: argparse.Namespace, folder: Path) -> None:
 
 
 def clear(folder: Path, logging_dir: str) -> None:
-    """Remove an earlier run of this name, and nothing else."""
-    for name in (*RUN_FILES, logging_dir):
-        path = folder / name
+    """Remove an earlier run of this name, and nothing else: a --logging-dir that lies elsewhere is left alone."""
+    logs = folder / logging_dir
+    inside = folder.resolve() in logs.resolve().parents
+    for path in (*(folder / name for name in RUN_FILES), *([logs] if inside else [])):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
@@ -76,15 +80,21 @@ def make(folder: Path, args: argparse.Namespace, start_step: int) -> None:
     _forget_rows_after(folder, start_step)
 
 
-def changed_flags(folder: Path, args: argparse.Namespace, start_step: int) -> list[str]:
-    """Notes on flags that had other values in the run's earlier part."""
+def changed_flags(
+    folder: Path, args: argparse.Namespace, start_step: int, from_checkpoint: tuple[str, ...] = ()
+) -> list[str]:
+    """Notes on flags that had other values in the run's earlier part; those `from_checkpoint` are not read again."""
     file = folder / "args.json"
     before = json.loads(file.read_text()) if file.is_file() else {}
-    return [
-        f"--{key.replace('_', '-')} was {before[key]} until step {start_step}; now {value}"
-        for key, value in vars(args).items()
-        if key not in FREE_TO_CHANGE and key in before and before[key] != value
-    ]
+    changed = {key: value for key, value in vars(args).items() if key in before and before[key] != value}
+    notes = []
+    for key, value in changed.items():
+        flag = f"--{key.replace('_', '-')}"
+        if key in from_checkpoint:
+            notes.append(f"{flag} {value} is not read: the run goes on from the checkpoint of step {start_step}")
+        elif key not in FREE_TO_CHANGE and not (value is None and before[key] == FORMER_DEFAULTS.get(key)):
+            notes.append(f"{flag} was {before[key]} until step {start_step}; now {value}")
+    return notes
 
 
 def _forget_rows_after(folder: Path, step: int) -> None:

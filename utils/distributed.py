@@ -39,6 +39,24 @@ def start_processes():
     return accelerator
 
 
+# What accelerate's launcher and its configuration file hand on in the environment, and its value where nobody chose it.
+_LAUNCHER = {"mixed_precision": "no", "gradient_accumulation_steps": "1", "dynamo_backend": "no"}
+
+
+def launcher_notes(**here: tuple[str, str]) -> list[str]:
+    """A line for each setting of accelerate's launcher that asks for something else than the script does.
+
+    Args:
+        here: for a setting, what the script does in the launcher's words, and what says so: `("bf16", "--precision")`.
+    """
+    notes = []
+    for setting, (value, counts) in here.items():
+        asked = os.environ.get(f"ACCELERATE_{setting.upper()}", _LAUNCHER[setting]).lower()
+        if asked not in (_LAUNCHER[setting], value):
+            notes.append(f"accelerate is configured for {setting} {asked}, which does not count here: {counts} does")
+    return notes
+
+
 def rank() -> int:
     """This process's number, over all machines; rank 0 writes and speaks."""
     return dist.get_rank() if dist.is_initialized() else 0

@@ -1,11 +1,14 @@
-"""What a user's mistake looks like: one line on stderr, exit code 2, no traceback."""
+"""How a job ends before its end, by a user's mistake, a full disk or Ctrl-C: one line on stderr, no traceback."""
 
 import contextlib
 import errno
 import functools
 import os
+import signal
 import sys
-from collections.abc import Iterator, Mapping
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 _MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
@@ -40,26 +43,69 @@ def command(main):
     """Wrap a script's `main(argv)`: an `InputError` becomes one line on stderr and exit code 2.
 
     What stops a job on its way is a line and exit code 1: a divergence, a full disk, a file that cannot be opened or
-    written, too little GPU memory. Under a launcher every process leaves with the same code, and rank 0 alone speaks
-    where all fail alike; an error that only another rank meets is printed with its rank.
+    written, too little GPU memory. Ctrl-C is a line and exit code 130. Under a launcher every process leaves with the
+    same code, and rank 0 alone speaks where all fail alike; an error that only another rank meets is printed with its
+    rank.
     """
 
     @functools.wraps(main)
     def wrapped(argv=None):
+        before = signal.getsignal(signal.SIGINT)
         try:
-            return main(argv)
-        except InputError as error:
-            if not getattr(error, "printed", False):
-                _say(f"error: {error}")
-            sys.exit(2)
-        except (FloatingPointError, OSError, RuntimeError) as error:
-            reason = _reason(error)
-            if reason is None:  # a fault of ours, for which a traceback helps
-                raise
-            _say(f"stopped: {reason}")
-            sys.exit(1)
+            with when_interrupted(lambda: "interrupted"):
+                return _ended_in_one_line(main, argv)
+        except KeyboardInterrupt as interrupt:  # also one that came while an error, of a lost process, was handled
+            if _reached_by_signals(before):
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends a second one; one line is enough
+            traceback.clear_frames(interrupt.__traceback__)  # progress bars end their lines
+            if int(os.environ.get("RANK", 0)) == 0:
+                _say(f"stopped: {interrupt}")
+            sys.exit(130)
+        finally:
+            if _reached_by_signals(before):
+                signal.signal(signal.SIGINT, before)
 
     return wrapped
+
+
+def _ended_in_one_line(main, argv):
+    try:
+        return main(argv)
+    except InputError as error:
+        if not getattr(error, "printed", False):
+            _say(f"error: {error}")
+        sys.exit(2)
+    except (FloatingPointError, OSError, RuntimeError) as error:
+        reason = _reason(error)
+        if reason is None:  # a fault of ours, for which a traceback helps
+            raise
+        _say(f"stopped: {reason}")
+        sys.exit(1)
+
+
+@contextlib.contextmanager
+def when_interrupted(message: Callable[[], str]) -> Iterator[None]:
+    """Within it Ctrl-C ends the job with this line: what is lost, what stays, how the job goes on."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt(message())
+
+    before = signal.getsignal(signal.SIGINT)
+    if _reached_by_signals(before):
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        error.args = error.args or (message(),)  # one that something else has raised
+        raise
+    finally:
+        if signal.getsignal(signal.SIGINT) is interrupt:  # not where a generator is closed after its job has ended
+            signal.signal(signal.SIGINT, before)
+
+
+def _reached_by_signals(handler) -> bool:
+    """Not a thread, and not a job that its shell put out of Ctrl-C's reach: that stays so."""
+    return handler not in (signal.SIG_IGN, None) and threading.current_thread() is threading.main_thread()
 
 
 def _say(message: str) -> None:

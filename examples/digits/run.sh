@@ -20,12 +20,12 @@ stage() {
   printf '%s\t%s\n' "$name" "$((SECONDS - start))" >> "$out/seconds.tsv"
 }
 
-data=(--data-dir "$out/data" --resolution 24 --num-classes 10 --num-workers 0)
+data=(--data-dir "$out/data" --resolution 24 --num-workers 0)
 training=(--output-dir "$out/exps" --batch-size 32 --mixed-precision no --no-compile --report-to none --log-steps 10
   --num-preview 20 --overwrite)
 vae_loss=(--loss-cfg-path examples/digits/digits_l1_kl_gan.yaml --vae-learning-rate 1e-3)
 sit=(--model SiT-T/2 --encoder-depth 3 --enc-type "timm:local-dir:$out/encoder" --learning-rate 1e-3 --ema-decay 0.98
-  --eval-samples 200 --eval-reference "$out/data" --eval-features "timm:local-dir:$out/encoder")
+  --num-classes 10 --eval-samples 200 --eval-reference "$out/data" --eval-features "timm:local-dir:$out/encoder")
 repae_steps=400
 repae_checkpoint=$(printf '%s/exps/repae/checkpoints/%07d.pt' "$out" "$repae_steps")
 samples=(--sample-dir "$out/samples" --num-fid-samples 200 --label-sampling equal --pproc-batch-size 100

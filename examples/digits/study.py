@@ -75,7 +75,7 @@ def prepare(folder: Path, vae_steps: int) -> None:
 
 def training_options(folder: Path) -> dict:
     """Of all training scripts."""
-    data = dict(data_dir=folder / "data", resolution=make_images.SIZE, num_classes=10, num_workers=0, batch_size=32)
+    data = dict(data_dir=folder / "data", resolution=make_images.SIZE, num_workers=0, batch_size=32)
     machine = dict(mixed_precision="no", compile=False)
     output = dict(output_dir=folder / "exps", report_to="none", log_steps=20, num_preview=0, overwrite=True)
     return data | machine | output
@@ -88,7 +88,7 @@ def vae_options(rate: float) -> dict:
 
 def sit_options(folder: Path, steps: int, seed: int) -> dict:
     """Of the scripts that train SiT: the same for every method."""
-    network = dict(model="SiT-T/2", encoder_depth=3, vae=VAE)
+    network = dict(model="SiT-T/2", encoder_depth=3, vae=VAE, num_classes=10)
     schedule = dict(learning_rate=1e-3, ema_decay=0.98, max_train_steps=steps, seed=seed)
     return training_options(folder) | network | schedule
 

@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from configs import arguments, options
+from configs import arguments, options, parsing
 from models.encoders import parse_encoder_list
 from tests.support import small
 from tests.support.golden_data import GOLDEN
@@ -15,6 +15,14 @@ REFERENCE = (GOLDEN / "reference_cli.md").read_text()  # the flags and commands 
 
 
 README = (small.ROOT / "README.md").read_text()
+
+
+# Where nothing is given: the device decides; no limit; --data-dir, which is the public default where that is its own;
+# the data folder's own number.
+OUR_DEFAULTS = {
+    *("--compile", "--epochs", ("cache_latents.py", "--output-dir")),
+    *(("train_repae.py", "--num-classes"), ("train_ldm_only.py", "--num-classes")),
+}
 
 
 def reference_flags() -> list[tuple[str, str, str, str, str]]:
@@ -54,8 +62,8 @@ def test_every_public_flag_is_there_with_its_default(script, flag, kind, default
     action = actions(script)[flag]
     if default == "required":
         assert action.required
-    elif flag == "--compile":
-        assert action.default is None  # on where there is CUDA
+    elif (script, flag) in OUR_DEFAULTS or flag in OUR_DEFAULTS:
+        assert action.default is None
     else:
         expected = {"True": True, "False": False, "None": None}.get(default, default.strip("'"))
         assert action.default == (expected if kind in ("str", "on/off") else _number(expected))
@@ -109,6 +117,75 @@ def test_a_mistyped_flag_is_one_line(parser, capsys):
     with pytest.raises(SystemExit) as leaving:
         parser().parse_args(["--modle", "x"])
     assert leaving.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+# Values of flags that are free text and no path; names of encoders may hold one.
+NAMES = {"exp_name", "resume", "vae_latents_name", "vae_name", "train_steps", "classes"}
+ENCODERS = {"enc_type", "features", "eval_features"}
+
+
+def free_text() -> list[tuple[str, str]]:
+    """(script, flag) of every flag that takes any text."""
+    kinds = (None, parsing.path, parsing.paths, parsing.encoders)
+    return [
+        (script, flag)
+        for script in options.PARSERS
+        for flag, action in actions(script).items()
+        if action.type in kinds and not action.choices and action.nargs != 0
+    ]
+
+
+def parsed(script: str, *words: str):
+    required = [(flag, "x") for flag, action in actions(script).items() if action.required and flag not in words]
+    return vars(options.PARSERS[script]().parse_args([*(word for pair in required for word in pair), *words]))
+
+
+@pytest.mark.parametrize(("script", "flag"), free_text())
+def test_every_path_may_start_at_home(script, flag, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    action = actions(script)[flag]
+    given, value = "~/runs/x.pt", "/home/someone/runs/x.pt"
+    if action.dest in ENCODERS:
+        given, value = f"clip-vit-L,timm:local-dir:{given}", f"clip-vit-L,timm:local-dir:{value}"
+    if action.dest in NAMES:
+        value = given
+    assert parsed(script, flag, given)[action.dest] == ([value] if action.nargs == "+" else value)
+
+
+def test_of_several_files_each_may_start_at_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert parsing.paths("~/a.pth,,b~.pth, ~/c") == "/home/me/a.pth,,b~.pth,/home/me/c"
+    assert parsing.encoders("timm:local-dir:~/a,timm:local-dir:b,~c") == "timm:local-dir:/home/me/a,timm:local-dir:b,~c"
+    assert parsed("evaluate.py", "--vae-ckpt", "~/a", "ORG/NAME")["vae_ckpt"] == ["/home/me/a", "ORG/NAME"]
+    assert parsing.path("./a~b/") == "./a~b/" and parsing.path("~nobody-here/a") == "~nobody-here/a"
+
+
+@pytest.mark.parametrize("script", ["train_repae.py", "train_vae.py"])
+def test_the_loss_of_this_repository_is_found_from_any_folder(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(small.ROOT)
+    shipped = "configs/l1_lpips_kl_gan.yaml"
+    assert parsed(script)["loss_cfg_path"] == shipped and type(parsed(script)["loss_cfg_path"]) is str
+    monkeypatch.chdir(tmp_path)
+    found = tmp_path / parsed(script)["loss_cfg_path"]
+    assert found.samefile(small.ROOT / shipped)
+    assert parsed(script, "--loss-cfg-path", shipped)["loss_cfg_path"] == shipped  # what is given counts from here
+
+
+def test_what_train_vae_does_not_read_it_does_not_accept(capsys):
+    for flag in ("--num-classes", "--prediction", "--wandb-history-path", "--cfg-prob"):
+        with pytest.raises(SystemExit):
+            parsed("train_vae.py", flag, "1")
+        assert f"unrecognized arguments: {flag}" in capsys.readouterr().err
+
+
+def test_two_spellings_of_a_flag_at_once_are_refused(capsys):
+    assert parsed("train_vae.py", "--learning-rate", "3e-5")["vae_learning_rate"] == 3e-5
+    assert parsed("train_vae.py", "--vae-learning-rate", "3e-5", "--vae-learning-rate", "1")["vae_learning_rate"] == 1
+    with pytest.raises(SystemExit):
+        parsed("train_vae.py", "--learning-rate", "3e-5", "--vae-learning-rate", "1")
+    assert "--learning-rate and --vae-learning-rate are one flag, and both were given" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parsed("train_repae.py", "--model", "SiT-B/2", "--models", "SiT-L/2")
 
 
 def test_a_number_out_of_range_is_refused(capsys):

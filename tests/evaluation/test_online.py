@@ -71,6 +71,8 @@ def test_what_is_missing_is_said_before_anything_is_written(place, tmp_path, cap
         (dict(eval_reference=place.data, eval_features="nonsense"), "--eval-features"),
         (dict(eval_reference=place.data, eval_samples=3), "--eval-samples: 3 was"),
         (dict(eval_reference=place.data, eval_steps=0), "it goes with --eval-steps"),
+        (dict(eval_steps=0), f"--eval-features: {place.encoder} was given; it goes with --eval-steps"),
+        (dict(eval_steps=0, eval_features="inception", eval_samples=9), "--eval-samples: 9 was given; it goes"),
     ):
         usual = dict(eval_features=place.encoder, eval_steps=2)
         with pytest.raises(SystemExit) as stopped:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sampling.trained import load_trained
+from tests.support.refusals import refusal
 from tests.support.sampling import draw
 from utils.errors import InputError
 
@@ -80,6 +81,26 @@ def test_repas_and_the_original_sits_checkpoints_are_sampled(exps, tmp_path):
     assert job.npz.name.startswith("last_0000000_cfg1.5") and len(job.record["notes"]) == 1
     with pytest.raises(InputError, match="--train-steps: 7 was given"):
         load_trained(tmp_path / "last.pt", "7")
+
+
+def test_a_vae_that_the_args_name_is_no_flag_that_somebody_gave(exps, tmp_path):
+    contents = torch.load(exps / "ldm" / "checkpoints" / "0000007.pt")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "page.pt").write_text("<html>404</html>")
+    checkpoint = tmp_path / "checkpoints" / "0000007.pt"
+    for arch, name, said in (
+        (
+            "f4d4-tiny",
+            tmp_path / "gone.pt",
+            f"its args name the VAE {tmp_path / 'gone.pt'}, which does not exist; give",
+        ),
+        ("auto", tmp_path / "gone", f"its args name the VAE {tmp_path / 'gone'}, which does not exist; give"),
+        ("f4d4-tiny", tmp_path / "page.pt", f"its args name a VAE that cannot be used: {tmp_path / 'page.pt'} is"),
+    ):
+        torch.save(contents | {"args": contents["args"] | {"vae": arch, "vae_ckpt": str(name)}}, checkpoint)
+        message = refusal(load_trained, tmp_path)
+        assert message.startswith(f"{checkpoint}: {said}") and message.endswith("as --vae-ckpt")
+    assert load_trained(tmp_path, vae_ckpt=str(exps / "vae" / "vae.pt")).vae_path == exps / "vae" / "vae.pt"
 
 
 def test_weights_of_another_kind_are_refused(exps, tmp_path):

@@ -111,6 +111,13 @@ def test_a_vaes_own_statistics_are_kept_from_a_file_or_a_folder(whole, place, va
         assert latents.info["latents_scale"] == [2.0] * 4 and latents.info["latents_bias"] == [0.0, 1.0, 2.0, 3.0]
 
 
+def test_it_lies_beside_the_images_unless_told_otherwise(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    vae = dict(vae_arch="f4d4-tiny", vae_ckpt_path=place / "vae.pt", num_workers=0)
+    cache_latents.main(small.argv(**vae, data_dir=place / "data", vae_latents_name="beside"))
+    assert (place / "data" / "beside.npy").is_file() and not list(tmp_path.iterdir())
+
+
 def test_a_finished_cache_is_left_alone(whole, place, capsys):
     before = (place / "whole.npy").stat().st_mtime_ns
     cache_latents.main(flags(place, "whole"))

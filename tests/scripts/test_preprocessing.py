@@ -290,7 +290,8 @@ def test_interrupted_nothing_is_left(tree, tmp_path, monkeypatch, capsys, moment
         monkeypatch.setattr(preprocess, "sync", interrupt)
     with pytest.raises(SystemExit) as caught:
         run(tree, tmp_path / "new" / "out", workers=2)
-    assert caught.value.code == 130 and "nothing was written" in capsys.readouterr().err
+    assert caught.value.code == 130
+    assert capsys.readouterr().err.splitlines()[-1].endswith("stopped: interrupted; nothing was written")
     assert not (tmp_path / "new").exists()
 
 

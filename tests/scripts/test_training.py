@@ -14,9 +14,12 @@ import train_ldm_only
 import train_repae
 import train_vae
 from dataset.data import ImageData
+from models.vae import build_vae
+from models.vae_keys import to_ldm
 from tests.support import small
 from tests.support.forks import Fork
 
+PLAIN = dict(enc_type="None", proj_coeff=0)  # SiT without an encoder
 SCRIPTS = {"train_repae": train_repae, "train_ldm_only": train_ldm_only, "train_vae": train_vae}
 
 
@@ -119,6 +122,18 @@ def test_overwrite_replaces_the_run_and_nothing_else(whole, place, tmp_path):
     assert small.metrics(tmp_path, "run") == small.metrics(output, name)[:2]
 
 
+def test_overwrite_leaves_a_logging_dir_elsewhere_alone(place, tmp_path):
+    """A folder for all runs; `..`, and the run's folder itself, are no folder inside it either."""
+    for logs in (tmp_path / "all", "..", "."):
+        for _ in range(2):
+            options = dict(logging_dir=logs, report_to="tensorboard", overwrite=True, max_train_steps=1)
+            train("train_ldm_only", place, tmp_path / "exps", "run", **options, **PLAIN)
+            (tmp_path / "exps" / "other").mkdir(exist_ok=True)
+            (tmp_path / "all").mkdir(exist_ok=True)
+            (tmp_path / "all" / "mine.txt").touch()
+    assert (tmp_path / "exps" / "other").is_dir() and (tmp_path / "all" / "mine.txt").is_file()
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_previews_do_not_touch_training(script, whole, place, tmp_path, few_steps):
     train(script, place, tmp_path, "run", num_preview=4, sampling_steps=2, gradient_accumulation_steps=1)
@@ -181,9 +196,87 @@ def test_a_row_ends_with_a_checkpoint_too(whole, place, tmp_path):
         assert rows[1][name] == each[2][name] and rows[2][name] == each[3][name]
 
 
-def test_epochs_end_a_run_too(place, tmp_path):
-    train("train_ldm_only", place, tmp_path, "run", epochs=1, enc_type="None", proj_coeff=0)
+def said(output: Path, name: str) -> list[str]:
+    """The lines of the run's log, without their times."""
+    return [line.split(" ", 1)[1] for line in (output / name / "log.txt").read_text().splitlines()]
+
+
+def test_epochs_that_are_given_end_a_run_too_and_it_says_so(place, tmp_path):
+    train("train_ldm_only", place, tmp_path, "run", epochs=1, **PLAIN)
     assert [row["step"] for row in small.metrics(tmp_path, "run")] == [1, 2]  # 20 images make 2 batches of 8
+    why = "--epochs 1 is 2 steps of this data set (2 an epoch), fewer than --max-train-steps 4"
+    assert said(tmp_path, "run") == [f"the run will end early: {why}", f"the run has ended: {why}"]
+
+
+def test_epochs_that_are_enough_are_not_mentioned(place, tmp_path):
+    train("train_ldm_only", place, tmp_path, "run", epochs=2, **PLAIN)
+    assert len(small.metrics(tmp_path, "run")) == 4 and said(tmp_path, "run") == []
+
+
+def test_without_epochs_the_steps_alone_count(place, tmp_path, monkeypatch):
+    """Beyond the 1400 epochs that end a run of the public code; a step learns nothing here, for time."""
+    monkeypatch.setattr(train_ldm_only, "train_step", lambda *_, **__: {"sit_loss": torch.zeros(())})
+    steps = dict(batch_size=20, max_train_steps=1500, checkpointing_steps=1500, log_steps=1500)
+    train("train_ldm_only", place, tmp_path, "run", **steps, **PLAIN)
+    assert [row["step"] for row in small.metrics(tmp_path, "run")] == [1500] and said(tmp_path, "run") == []
+
+
+def test_a_run_that_is_at_its_end_says_so(place, tmp_path):
+    train("train_ldm_only", place, tmp_path, "run", **PLAIN)
+    train("train_ldm_only", place, tmp_path, "run", resume="latest", max_train_steps=3, **PLAIN)
+    noted = [
+        "--max-train-steps was 4 until step 4; now 3",
+        "nothing is left to train: the run is at step 4, and ends at 3",
+    ]
+    assert said(tmp_path, "run") == noted
+
+
+def test_a_run_of_the_former_default_of_epochs_goes_on(place, tmp_path):
+    train("train_ldm_only", place, tmp_path, "run", max_train_steps=2, **PLAIN)
+    file = tmp_path / "run" / "args.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"epochs": 1400, "max_train_steps": 3}))
+    train("train_ldm_only", place, tmp_path, "run", max_train_steps=3, resume="latest", **PLAIN)
+    assert said(tmp_path, "run") == [] and len(small.metrics(tmp_path, "run")) == 3
+
+
+@pytest.mark.parametrize("script", ["train_repae", "train_vae"])
+def test_weights_that_a_resumed_run_does_not_read_are_named(script, place, tmp_path):
+    train(script, place, tmp_path, "run", max_train_steps=2)
+    other = dict(vae_ckpt=tmp_path / "other.pt", disc_pretrained_ckpt=tmp_path / "disc.pt", max_train_steps=3)
+    train(script, place, tmp_path, "run", resume="latest", **other)
+    unread = "is not read: the run goes on from the checkpoint of step 2"
+    lines = [line for line in said(tmp_path, "run") if not line.startswith("encoder")]
+    assert sorted(lines) == [
+        f"--disc-pretrained-ckpt {tmp_path / 'disc.pt'} {unread}",
+        "--max-train-steps was 2 until step 2; now 3",
+        f"--vae-ckpt {tmp_path / 'other.pt'} {unread}",
+    ]
+
+
+def test_the_learning_rate_of_train_vae_is_that_of_the_vae(place, tmp_path):
+    for rate in (0, 0.5):
+        train("train_vae", place, tmp_path, f"{rate}", learning_rate=rate, disc_learning_rate=3e-5, max_train_steps=2)
+    still, moving = small.metrics(tmp_path, "0"), small.metrics(tmp_path, "0.5")
+    assert still[0]["vae_loss"] == moving[0]["vae_loss"] and still[1]["vae_loss"] != moving[1]["vae_loss"]
+    saved = small.checkpoint(tmp_path, "0", 2)
+    rates = [saved[key]["param_groups"][0]["lr"] for key in ("opt_vae", "opt_disc")]
+    assert rates == [0, 3e-5]
+    torch.manual_seed(0)
+    small.assert_same(saved["vae"], to_ldm(build_vae(small.TINY_VAE)))  # as it was drawn
+
+
+def test_precision_and_accumulation_are_the_scripts_and_it_says_so(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    train("train_ldm_only", place, tmp_path, "run", max_train_steps=1, **PLAIN)
+    assert said(tmp_path, "run") == [
+        "accelerate is configured for mixed_precision bf16, which does not count here: --mixed-precision no does",
+        "accelerate is configured for gradient_accumulation_steps 4, which does not count here: "
+        "--gradient-accumulation-steps 1 does",
+    ]
+    options = dict(mixed_precision="bf16", gradient_accumulation_steps=4)
+    train("train_ldm_only", place, tmp_path, "alike", max_train_steps=1, **options, **PLAIN)
+    assert said(tmp_path, "alike") == []
 
 
 def test_each_network_has_its_own_optimiser_settings(place, tmp_path):

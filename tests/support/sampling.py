@@ -83,7 +83,7 @@ def interrupt(exps, folder, monkeypatch, after: int, **options) -> None:
             raise KeyboardInterrupt
         write(store, batch, images)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
         patch.setattr(SampleStore, "write", write_or_stop)
         generate.main(flags(exps, folder, **options))
 

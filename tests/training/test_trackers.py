@@ -19,8 +19,11 @@ class FakeWandB:
 
     made: ClassVar[list] = []
 
+    starting_step: ClassVar[int] = 0  # of the run, as wandb's server knows it
+
     def __init__(self, project, **options):
         self.project, self.options, self.rows, self.images, self.finished = project, options, [], [], False
+        self.tracker = Namespace(starting_step=self.starting_step)
         self.made.append(self)
 
     def start(self):
@@ -47,21 +50,30 @@ def wandb(monkeypatch):
     monkeypatch.setattr("wandb.setup", lambda: Namespace(settings=Namespace(base_url="https://wandb.here.org:8080")))
     monkeypatch.setattr("wandb.login", lambda prompt: True)
     monkeypatch.setattr(trackers, "_reachable", lambda host, port: (host, port) == ("wandb.here.org", 8080))
-    monkeypatch.delenv("WANDB_MODE", raising=False)
+    for name in ("MODE", "PROJECT", "ENTITY", "RUN_ID"):
+        monkeypatch.delenv(f"WANDB_{name}", raising=False)
     return FakeWandB
 
 
-def open_one(tmp_path):
-    return trackers.open_trackers(Namespace(report_to="wandb", logging_dir="logs", exp_name="run", seed=3), tmp_path)
+def open_one(folder, **options):
+    args = Namespace(report_to="wandb", logging_dir="logs", exp_name="run", seed=3)
+    return trackers.open_trackers(args, folder, **options)
+
+
+def plain(place, output, name="run", **options):
+    """A run of train_ldm_only.py that reports to wandb, and the tracker that it made."""
+    usual = dict(enc_type="None", proj_coeff=0, report_to="wandb")
+    train_ldm_only.main(small.ldm_options(place, output, name, **usual | options))
+    return FakeWandB.made[-1]
 
 
 def test_without_a_key_it_runs_offline_and_says_where(wandb, place, tmp_path, monkeypatch, few_steps):
     monkeypatch.setattr("wandb.login", lambda prompt: prompt)
-    plain = dict(enc_type="None", proj_coeff=0, report_to="wandb", num_preview=1, sampling_steps=4)
     online = dict(eval_steps=4, eval_samples=8, eval_reference=place.data, eval_features=place.encoder)
-    train_ldm_only.main(small.ldm_options(place, tmp_path, "run", **plain, **online))
-    (tracker,) = wandb.made
-    assert tracker.options == {"name": "run", "dir": str(tmp_path / "run" / "logs"), "mode": "offline"}
+    tracker = plain(place, tmp_path, num_preview=1, sampling_steps=4, **online)
+    assert wandb.made == [tracker]
+    where = {"name": "run", "dir": str(tmp_path / "run" / "logs"), "mode": "offline"}
+    assert where.items() <= tracker.options.items()
     assert tracker.config["learning_rate"] == 1e-4 and tracker.config["report_to"] == "wandb"
     *rows, evaluation = [{key: row[key] for key in row if key != "images_per_second"} for row in tracker.rows]
     assert rows == small.metrics(tmp_path, "run")
@@ -100,6 +112,50 @@ def test_a_mode_that_the_user_chose_stays(wandb, tmp_path, monkeypatch):
     assert tracker.options["mode"] is None
 
 
+def test_project_and_entity_are_those_of_the_environment(wandb, tmp_path, monkeypatch):
+    (tracker,) = open_one(tmp_path)
+    assert (tracker.project, tracker.options["entity"]) == ("REPA-E", None)
+    monkeypatch.setenv("WANDB_PROJECT", "digits")
+    monkeypatch.setenv("WANDB_ENTITY", "our-lab")
+    (tracker,) = open_one(tmp_path)
+    assert (tracker.project, tracker.options["entity"]) == ("digits", "our-lab")
+
+
+def test_a_resumed_run_goes_on_in_the_same_run_of_wandb(wandb, place, tmp_path):
+    first = plain(place, tmp_path, max_train_steps=2)
+    resumed = plain(place, tmp_path, resume="latest")
+    elsewhere = dict(resume_step=2, continue_train_exp_dir=tmp_path / "run")
+    others = [plain(place, tmp_path, "other", **elsewhere), plain(place, tmp_path, overwrite=True, max_train_steps=1)]
+    assert resumed.options["resume"] == "allow" and resumed.options["id"] == first.options["id"]
+    assert [row["step"] for row in resumed.rows] == [3, 4]
+    assert len({tracker.options["id"] for tracker in (first, *others)}) == 3
+    assert (tmp_path / "run" / "wandb-run.txt").read_text() == others[1].options["id"] + "\n"
+
+
+def test_an_id_that_the_user_chose_is_kept(wandb, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    (tracker,) = open_one(tmp_path)
+    monkeypatch.delenv("WANDB_RUN_ID")
+    (again,) = open_one(tmp_path)
+    assert tracker.options["id"] == again.options["id"] == "mine"
+
+
+def test_rows_that_wandb_has_are_not_sent_again(wandb, tmp_path, monkeypatch, caplog):
+    """A job went on to step 5 after its checkpoint of step 2: wandb refuses rows of steps that it has."""
+    monkeypatch.setattr(wandb, "starting_step", 6)
+    (tracker,) = open_one(tmp_path, start_step=2)
+    for step in range(3, 8):
+        tracker.log({"loss": 0.5}, step=step)
+        tracker.log_images({}, step=step)
+    tracker.finish()
+    (behind,) = wandb.made
+    assert [row["step"] for row in behind.rows] == [step for step, _ in behind.images] == [6, 7] and behind.finished
+    assert "wandb has rows of this run up to step 5, and keeps them: those after step 2" in caplog.text
+    caplog.clear()
+    (tracker,) = open_one(tmp_path, start_step=5)
+    assert isinstance(tracker, FakeWandB) and not caplog.text
+
+
 def test_the_probe_waits_no_longer_than_it_says(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         assert trackers._reachable("127.0.0.1", server.getsockname()[1])
@@ -117,14 +173,18 @@ def test_the_probe_waits_no_longer_than_it_says(monkeypatch):
     assert time.monotonic() - start < 0.8
 
 
-def test_tensorboard_gets_the_rows_of_the_metrics(place, tmp_path):
+def test_tensorboard_gets_the_rows_of_the_metrics_and_the_pictures(place, tmp_path, few_steps):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train_ldm_only.main(small.ldm_options(place, tmp_path, "run", report_to="tensorboard", max_train_steps=2))
+    train_ldm_only.main(
+        small.ldm_options(place, tmp_path, "run", report_to="tensorboard", max_train_steps=2, num_preview=1)
+    )
     rows = small.metrics(tmp_path, "run")
     (folder,) = {path.parent for path in (tmp_path / "run" / "logs" / "run").glob("*tfevents*")}
     events = EventAccumulator(str(folder))
     events.Reload()
     assert set(rows[0]) - {"step"} <= set(events.Tags()["scalars"])
+    (picture,) = events.Images("samples")
+    assert (picture.step, picture.height, picture.width) == (2, small.RESOLUTION, 8 * small.RESOLUTION)
     logged = [(event.step, event.value) for event in events.Scalars("sit_loss")]
     assert logged == [(row["step"], pytest.approx(row["sit_loss"], rel=1e-6)) for row in rows]

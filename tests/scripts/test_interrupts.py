@@ -1,0 +1,153 @@
+"""Ctrl-C ends every script in one line, which says what stays, with exit code 130; what is finished stays."""
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+
+import cache_latents
+import evaluate
+import generate
+import save_vae_weights
+import train_ldm_only
+import train_vae
+from configs.options import PARSERS
+from dataset.latent_cache import LatentCache
+from sampling.store import SampleStore
+from tests.support import sampling, small
+from tests.support.forks import Fork
+from training.run import Run
+
+PLAIN = dict(enc_type="None", proj_coeff=0)
+
+
+@pytest.fixture
+def stopped(capsys):
+    """`stopped(main, argv)`: the one line that a command leaves with when it is interrupted."""
+
+    def run(main, argv) -> str:
+        capsys.readouterr()
+        before = signal.getsignal(signal.SIGINT)
+        with pytest.raises(SystemExit) as leaving:
+            main(argv)
+        assert leaving.value.code == 130 and signal.getsignal(signal.SIGINT) is before
+        lines = [line for line in capsys.readouterr().err.splitlines() if "stopped" in line]
+        assert len(lines) == 1 and ": stopped: interrupted" in lines[0]
+        return lines[0]
+
+    return run
+
+
+def interrupting(method, call: int):
+    """The method, which Ctrl-C meets at the beginning of this call, counted from 1."""
+    calls = []
+
+    def interrupted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == call:
+            signal.raise_signal(signal.SIGINT)
+        return method(*args, **kwargs)
+
+    return interrupted
+
+
+def test_a_run_says_what_it_goes_on_from(place, tmp_path, stopped, monkeypatch):
+    options = dict(max_train_steps=8, checkpointing_steps=2, **PLAIN)
+    for call, said in (
+        (1, "interrupted after step 0; there is no checkpoint yet, and no step of it stays"),
+        (4, "interrupted after step 3; --resume latest goes on from its last checkpoint, of step 2"),
+        (3, "interrupted after step 4; --resume latest goes on from its last checkpoint, of step 4"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, "log", interrupting(Run.log, call))
+            argv = small.ldm_options(place, tmp_path, "run", resume="latest", **options)
+            assert stopped(train_ldm_only.main, argv).endswith(said)
+    train_ldm_only.main(small.ldm_options(place, tmp_path, "run", resume="latest", **options))
+    assert [row["step"] for row in small.metrics(tmp_path, "run")] == list(range(1, 9))
+
+
+def test_while_a_checkpoint_is_written_the_last_one_stays(place, tmp_path, stopped, monkeypatch):
+    monkeypatch.setattr("utils.files.sync", interrupting(lambda path: None, 5))  # two for args.json, two a checkpoint
+    argv = small.vae_options(place, tmp_path, "run", checkpointing_steps=1)
+    assert stopped(train_vae.main, argv).endswith("step 2; --resume latest goes on from its last checkpoint, of step 1")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["0000001.pt"]
+
+
+def test_the_latents_of_finished_batches_stay(place, tmp_path, stopped, monkeypatch):
+    argv = small.cache_options(place, "z", output_dir=tmp_path, pproc_batch_size=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(LatentCache, "write", interrupting(LatentCache.write, 3))
+        assert "finished stay, and the same command goes on" in stopped(cache_latents.main, argv)
+    assert int(np.load(tmp_path / "z.done.tmp-cache").sum()) == 2 * 4
+    cache_latents.main(argv)
+    latents = np.load(tmp_path / "z.npy"), np.load(place.data / f"{place.latents}.npy")
+    np.testing.assert_allclose(*latents, rtol=1e-4, atol=1e-5)
+
+
+def test_finished_samples_stay(exps, tmp_path, stopped, monkeypatch, capsys):
+    argv = sampling.flags(exps, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(SampleStore, "write", interrupting(SampleStore.write, 2))
+        assert "finished stay, and the same command draws the others" in stopped(generate.main, argv)
+    generate.main(argv)
+    assert f"{sampling.COUNT} samples, {sampling.COUNT - sampling.BATCH} of them drawn now" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", [evaluate, save_vae_weights])
+def test_a_script_that_starts_again_says_nothing_else(script, place, exps, tmp_path, stopped, monkeypatch):
+    checkpoint = exps / "repae" / "checkpoints" / "0000007.pt"
+    reconstruction = dict(reconstruct=True, vae_ckpt=place.vae, data_dir=place.data, features="none", lpips=False)
+    argv, name = {
+        evaluate: (small.argv(**reconstruction, output=tmp_path / "numbers.json"), "measure_reconstruction"),
+        save_vae_weights: (small.argv(repae_ckpt=checkpoint, save_dir=tmp_path), "save_vae_files"),
+    }[script]
+    monkeypatch.setattr(script, name, interrupting(getattr(script, name), 1))
+    assert stopped(script.main, argv).endswith("stopped: interrupted")
+    assert not list(tmp_path.iterdir())
+
+
+def test_rank_0_speaks_alone(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(Run, "log", interrupting(Run.log, 1))
+    with pytest.raises(SystemExit) as leaving:
+        train_ldm_only.main(small.ldm_options(place, tmp_path, "run", **PLAIN))
+    assert leaving.value.code == 130 and "stopped" not in capsys.readouterr().err
+
+
+def test_a_job_out_of_reach_of_ctrl_c_stays_so(place, tmp_path, monkeypatch):
+    """As `nohup` and a shell's `&` in a script start them."""
+    monkeypatch.setattr(Run, "log", interrupting(Run.log, 1))
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        train_ldm_only.main(small.ldm_options(place, tmp_path, "run", max_train_steps=1, **PLAIN))
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_real_process_leaves_without_a_traceback(place, tmp_path):
+    options = dict(max_train_steps=100_000, checkpointing_steps=10, num_workers=2, **PLAIN)
+    job = Fork("train_ldm_only.py", *small.ldm_options(place, tmp_path, "run", **options))
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "checkpoints" / "0000010.pt").is_file() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(job.process.pid, signal.SIGINT)
+    done = job.wait()
+    assert done.returncode == 130 and "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("train_ldm_only.py: stopped: interrupted after step") and "--resume latest" in last
+
+
+@pytest.mark.parametrize("script", PARSERS)
+def test_the_imports_too_end_in_one_line(script, tmp_path):
+    """Seconds in which a mistake is noticed: Ctrl-C comes with the first import of numpy or torch."""
+    for module in ("numpy", "torch"):
+        (tmp_path / f"{module}.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    required = {"generate.py": "exp_path", "save_vae_weights.py": "repae_ckpt", "preprocessing.py": "imagenet_path"}
+    words = small.argv(**{required.get(script, "exp_name" if script.startswith("train") else "output_dir"): "x"})
+    words = [] if script == "evaluate.py" else words
+    environment = small.environment(PYTHONPATH=f"{tmp_path}:{small.ROOT}")
+    done = small.run_python(script, *words, env=environment)
+    assert (done.returncode, done.stderr) == (130, f"{script}: stopped: interrupted\n")
