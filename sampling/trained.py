@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from models.sit import SIT_SIZES, SiT, config_of_state_dict
-from models.vae import downsampling, latent_statistics, load_vae, vae_models
+from models.vae import downsampling, latent_channels, latent_statistics, load_vae, vae_models
 from models.vae_files import vae_of_checkpoint
 from utils.checkpoint import checkpoint_path, latest_step, read_checkpoint
 from utils.errors import InputError
@@ -73,9 +73,9 @@ def load_trained(
     else:
         trained_with = args.get("vae") if args.get("vae") in vae_models else "auto"
         vae = load_vae("auto" if vae_ckpt else trained_with, vae_path)
-    if vae.config.latent_channels != sit.in_channels:
+    if latent_channels(vae) != sit.in_channels:
         needed = f"the SiT of {path} needs {sit.in_channels}"
-        raise InputError(f"--vae-ckpt: the VAE has {vae.config.latent_channels} latent channels; {needed}")
+        raise InputError(f"--vae-ckpt: the VAE has {latent_channels(vae)} latent channels; {needed}")
     return TrainedRun(
         name=Path(exp_path).resolve().name,
         step=int(path.stem),
