@@ -82,8 +82,14 @@ def load_vae(
 
 
 def _load_file(path: Path, arch: str, wanted: str, say: Say) -> AutoencoderKL:
-    contents = read_contents(path, say)
-    state = find_state(contents, str(path), say)
+    said = []
+    contents = read_contents(path, said.append)
+    try:
+        state = find_state(contents, str(path), said.append)
+    except InputError as error:
+        raise InputError("; ".join([str(error), *said])) from None  # what was left out may be the reason
+    for line in said:
+        say(line)
     recorded = recorded_config(contents) or config_beside(path, state, say)
     config = choose_config(state, arch, recorded, str(path), wanted)
     vae = vae_from_state(state, config, str(path), wanted)

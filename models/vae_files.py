@@ -13,14 +13,16 @@ from torch import Tensor
 
 from models.vae_architecture import build_vae, vae_config
 from models.vae_keys import to_ldm
-from models.vae_state import choose_config, find_state, recorded_config, vae_from_state
+from models.vae_state import Say, choose_config, find_state, log_line, recorded_config, vae_from_state
 from utils.errors import InputError
 from utils.files import atomic_write, sha256, sync
 
 DIFFUSERS_FOLDER = "diffusers"  # inside the VAE's own folder
 
 
-def vae_of_checkpoint(checkpoint: Mapping, path: str | Path, arch: str | None = None) -> AutoencoderKL:
+def vae_of_checkpoint(
+    checkpoint: Mapping, path: str | Path, arch: str | None = None, say: Say = log_line
+) -> AutoencoderKL:
     """The VAE inside a checkpoint of train_repae.py or train_vae.py, ours or public.
 
     Args:
@@ -28,6 +30,7 @@ def vae_of_checkpoint(checkpoint: Mapping, path: str | Path, arch: str | None = 
         path: names it in messages.
         arch: a name in `vae_models`; None: the checkpoint's `vae_config`, else `vae` of its arguments, else the public
             shape that it fits.
+        say: takes a line about each thing that is left out.
 
     Raises:
         InputError: the weights do not fit the architecture, or nothing says it.
@@ -35,7 +38,7 @@ def vae_of_checkpoint(checkpoint: Mapping, path: str | Path, arch: str | None = 
     recorded, what = recorded_config(checkpoint), f"{path}: vae"
     known = "its vae_config" if isinstance(recorded, Mapping) else f"--vae {recorded or 'auto'}"
     wanted = f"--vae {arch}" if arch else known
-    state = find_state(checkpoint["vae"], what)
+    state = find_state(checkpoint["vae"], what, say)
     return vae_from_state(state, choose_config(state, arch or "auto", recorded, what, wanted), what, wanted)
 
 
