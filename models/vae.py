@@ -67,18 +67,26 @@ def load_vae(
     """
     path, wanted = Path(path), f"{flags[0]} {arch}"
     with about(flags[1]):
-        if path.is_dir():
-            return load_folder(path, arch, wanted, say)
-        if path.is_file():
-            return _load_file(path, arch, wanted, say)
-        if str(path).lower() == "none":
-            only = "train_repae.py alone starts from fresh weights so, and train_vae.py without this flag"
-            raise InputError(f"{path} was given; the weights of a VAE are needed ({only})")
-        if arch == "auto" and is_hub_name(str(path)):
-            return load_folder(hub_folder(str(path), say), arch, wanted, say)
-        public = "`hf download REPA-E/sdvae` (f8d4), REPA-E/e2e-vavae (f16d32)"
-        auto = f"{flags[0]} auto {flags[1]} stabilityai/sd-vae-ft-mse"
-        raise InputError(f"{path} does not exist; public ones: {public}, or {auto}; see 'VAE' in README.md")
+        vae = _load(path, arch, wanted, flags, say)
+        if (channels := kind_of(vae).image_channels(vae.config)) != (3, 3):
+            found = f"takes images of {channels[0]} and gives some of {channels[1]} channels"
+            raise InputError(f"{path} {found}; RGB is needed")
+    return vae
+
+
+def _load(path: Path, arch: str, wanted: str, flags: tuple[str, str], say: Say) -> AutoencoderKL:
+    if path.is_dir():
+        return load_folder(path, arch, wanted, say)
+    if path.is_file():
+        return _load_file(path, arch, wanted, say)
+    if str(path).lower() == "none":
+        only = "train_repae.py alone starts from fresh weights so, and train_vae.py without this flag"
+        raise InputError(f"{path} was given; the weights of a VAE are needed ({only})")
+    if arch == "auto" and is_hub_name(str(path)):
+        return load_folder(hub_folder(str(path), say), arch, wanted, say)
+    public = "`hf download REPA-E/sdvae` (f8d4), REPA-E/e2e-vavae (f16d32)"
+    auto = f"{flags[0]} auto {flags[1]} stabilityai/sd-vae-ft-mse"
+    raise InputError(f"{path} does not exist; public ones: {public}, or {auto}; see 'VAE' in README.md")
 
 
 def _load_file(path: Path, arch: str, wanted: str, say: Say) -> AutoencoderKL:
@@ -92,12 +100,7 @@ def _load_file(path: Path, arch: str, wanted: str, say: Say) -> AutoencoderKL:
         say(line)
     recorded = recorded_config(contents) or config_beside(path, state, say)
     config = choose_config(state, arch, recorded, str(path), wanted)
-    vae = vae_from_state(state, config, str(path), wanted)
-    if (channels := kind_of(vae).image_channels(vae.config)) != (3, 3):
-        raise InputError(
-            f"{path} takes images of {channels[0]} and gives some of {channels[1]} channels; RGB is needed"
-        )
-    return vae
+    return vae_from_state(state, config, str(path), wanted)
 
 
 def latent_statistics(

@@ -9,7 +9,7 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
 
-from models.vae_architecture import kinds, kinds_by_name, vae_models
+from models.vae_architecture import kinds_by_name, vae_models
 from models.vae_state import Say, check_fit
 from utils.errors import InputError
 from utils.network import reachable
@@ -41,10 +41,6 @@ def load_folder(folder: Path, arch: str, wanted: str, say: Say) -> nn.Module:
             raise InputError(f"{folder} holds a {name}; {wanted} is an AutoencoderKL, and 'auto' takes the folder's")
         levels = len(vae.config["block_out_channels"])
         check_fit(vae.config["latent_channels"], levels, vae_models[arch], str(folder), wanted)
-    if (channels := kinds[type(vae)].image_channels(vae.config)) != (3, 3):
-        raise InputError(
-            f"{folder} takes images of {channels[0]} and gives some of {channels[1]} channels; RGB is needed"
-        )
     return vae
 
 
@@ -86,8 +82,9 @@ def _variant(folder: Path, say: Say) -> str | None:
 
 
 def is_hub_name(name: str) -> bool:
-    """ORG/NAME, ORG/NAME/FOLDER or ORG/NAME:FOLDER, where no local folder of that beginning exists."""
-    return _HUB_NAME.fullmatch(name) is not None and not Path(name.split("/")[0]).exists()
+    """ORG/NAME, ORG/NAME/FOLDER or ORG/NAME:FOLDER, where no local folder of that beginning exists; no file's name."""
+    a_file = name.endswith((".pt", ".pth", ".ckpt", ".bin", ".safetensors"))
+    return _HUB_NAME.fullmatch(name) is not None and not a_file and not Path(name.split("/")[0]).exists()
 
 
 def hub_folder(name: str, say: Say) -> Path:

@@ -28,7 +28,9 @@ _STORAGES = {
     "BoolStorage": torch.bool,
 }
 _PARAMETERS = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
+_FOREIGN = object()
 _DICTS = ("collections.OrderedDict", "collections.defaultdict")
+_SETS = tuple(f"{module}.{kind}" for module in ("builtins", "__builtin__") for kind in ("set", "frozenset"))
 
 
 class _Inert:
@@ -84,27 +86,27 @@ class _Reader:
         self.left_out: Counter[str] = Counter()
 
     def value(self, thing):
-        """The plain value or tensor; None for an object of a foreign class, which is counted."""
-        if isinstance(thing, type | _Inert) or type(thing) in (dict, list, tuple, set):
+        """The plain value or tensor; `_FOREIGN` for an object of a foreign class, which is counted."""
+        if isinstance(thing, type | _Inert) or type(thing) in (dict, list, tuple, set, frozenset):
             if id(thing) not in self.made:
-                self.made[id(thing)] = None
+                self.made[id(thing)] = _FOREIGN  # what a container that holds itself finds inside
                 self.made[id(thing)] = self._inert(thing) if isinstance(thing, type | _Inert) else self._plain(thing)
             return self.made[id(thing)]
         return thing
 
     def _plain(self, thing):
         if not isinstance(thing, dict):
-            return [self.value(item) for item in thing]
+            return [value for item in thing if (value := self.value(item)) is not _FOREIGN]
         return self._dict(thing.items())
 
     def _dict(self, items):
         made = {}
         for key, item in items:
-            if isinstance(key, str | int):
-                made[key] = self.value(item)
-            else:
+            if isinstance(key, type | _Inert):
                 self.value(key)  # counts a foreign class
-        return {key: item for key, item in made.items() if item is not None}
+            elif (value := self.value(item)) is not _FOREIGN:
+                made[key] = value
+        return made
 
     def _inert(self, thing):
         name = "" if isinstance(thing, type) else thing.name  # a class by itself is always foreign
@@ -112,11 +114,13 @@ class _Reader:
             return self._tensor(*thing.args[:4])
         if name in _PARAMETERS:
             data = thing.args[0]
-            return self.value(data) if isinstance(data, _Inert) else None
+            return self.value(data) if isinstance(data, _Inert) else _FOREIGN
         if name in _DICTS:
             return self._dict(thing.items)
+        if name in _SETS and len(thing.args) == 1:
+            return self.value(thing.args[0])
         self.left_out[thing.name] += 1
-        return None
+        return _FOREIGN
 
     def _tensor(self, storage, offset, size, stride) -> Tensor:
         numbers = [offset, *size, *stride]

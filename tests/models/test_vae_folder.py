@@ -197,7 +197,7 @@ def test_a_hub_that_takes_connections_and_does_not_answer_is_left(hub, monkeypat
 
 def test_paths_that_begin_in_a_local_folder_are_no_hub_names(hub, tmp_path):
     (tmp_path / "exps").mkdir()
-    for name in ("exps/vae.pt", "exps/missing", "exps/run/vae"):
+    for name in ("exps/vae.pt", "exps/missing", "exps/run/vae", "gone/vae.safetensors"):
         assert f"{name} does not exist" in refusal(load_vae, "auto", name)
     assert "does not exist" in refusal(load_vae, TINY, "org/name") and hub.asked == []
 

@@ -16,8 +16,10 @@ import train_repae
 import train_vae
 from dataset.data import ImageData
 from models.posterior import measure_latent_statistics
-from models.vae import build_vae, latent_statistics, load_vae
+from models.vae import build_vae, latent_statistics, load_vae, vae_config
+from models.vae_files import save_vae_files
 from models.vae_keys import to_ldm
+from sampling.trained import load_trained
 from tests.support import small
 
 KINDS = {
@@ -164,3 +166,45 @@ def test_a_checkpoint_of_train_vae_gives_its_vae_without_statistics_and_says_so(
     torch.save({"latents_scale": torch.ones(4), "latents_bias": torch.ones(4)}, folder / "out-latents-stats.pt")
     save_vae_weights.main([*usual, "--overwrite"])
     assert not (folder / "out-latents-stats.pt").exists()
+
+
+# A VAE that a checkpoint names
+
+
+def test_a_run_whose_vae_lies_without_its_architecture_is_refused(exps, tmp_path, capsys):
+    torch.manual_seed(0)
+    vae = build_vae(vae_config(build_vae(small.TINY_VAE)) | {"block_out_channels": [16, 32, 48]})
+    folder = save_vae_files(tmp_path, "v", vae, torch.ones(4), torch.zeros(4))
+    contents = torch.load(exps / "ldm" / "checkpoints" / "0000007.pt", weights_only=True)
+    contents["args"] |= {"vae": "auto", "vae_ckpt": str(folder / "v.pt")}
+    path = tmp_path / "run" / "checkpoints" / "0000007.pt"
+    path.parent.mkdir(parents=True)
+    torch.save(contents, path)
+    found = load_trained(tmp_path / "run").vae
+    assert same_weights(found.state_dict(), vae.state_dict()) and found.config.norm_num_groups == 8
+
+    shutil.rmtree(folder / "diffusers")
+    sampling = small.argv(exp_path=tmp_path / "run", sample_dir=tmp_path / "samples")
+    assert f"{folder / 'v.pt'} does not say its architecture" in refused(capsys, generate.main, sampling)
+
+
+@pytest.mark.parametrize("script", ["train_vae", "train_repae"])
+@pytest.mark.parametrize("groups", [8, 16])
+def test_what_training_writes_reads_back_as_the_same_network(script, groups, place, tmp_path):
+    """Of a VAE in no public shape; its groups are in no tensor."""
+    odd = {"block_out_channels": [16, 32, 48], "norm_num_groups": groups}
+    torch.manual_seed(0)
+    build_vae(vae_config(build_vae(small.TINY_VAE)) | odd).save_pretrained(tmp_path / "start")
+    options = dict(vae="auto", vae_ckpt=tmp_path / "start", max_train_steps=1, checkpointing_steps=1)
+    if script == "train_vae":
+        train_vae.main(small.vae_options(place, tmp_path, "run", **options))
+        written = [tmp_path / "run" / "run.pt", tmp_path / "run" / "diffusers"]
+    else:
+        train_repae.main(small.repae_options(place, tmp_path, "run", **options))
+        checkpoint = tmp_path / "run" / "checkpoints" / "0000001.pt"
+        save_vae_weights.main(small.argv(repae_ckpt=checkpoint, vae_name="out", save_dir=tmp_path))
+        written = [checkpoint, tmp_path / "out" / "out.pt", tmp_path / "out" / "diffusers"]
+    trained = small.checkpoint(tmp_path, "run", 1)["vae"]
+    for path in written:
+        vae = load_vae("auto", path)
+        assert vae.config.norm_num_groups == groups and same_weights(to_ldm(vae), trained), path

@@ -36,7 +36,7 @@ def test_tensors_come_back_bit_for_bit_and_foreign_objects_are_counted(callback,
     state["parameter"] = torch.nn.Parameter(torch.randn(2))
     state._metadata = {"": {"version": 1}}  # as a module's state dict has it
     contents = {"state_dict": state, "callbacks": {type(callback): callback}, "hyper": [callback, 1, "text", 2.5]}
-    contents |= {"epoch": 3, "by_name": defaultdict(int, {"a": 1})}
+    contents |= {"epoch": 3, "by_name": defaultdict(int, {"a": 1}), "nothing": None, (1, 2): frozenset([2])}
     torch.save(contents, tmp_path / "x.ckpt")
     sys.modules.pop("lightning_like")
 
@@ -46,7 +46,8 @@ def test_tensors_come_back_bit_for_bit_and_foreign_objects_are_counted(callback,
     assert list(found["state_dict"]) == list(state)
     for key, tensor in state.items():
         assert found["state_dict"][key].dtype == tensor.dtype and torch.equal(found["state_dict"][key], tensor), key
-    assert found["epoch"] == 3 and found["hyper"][1:] == [1, "text", 2.5] and found["by_name"] == {"a": 1}
+    assert found["epoch"] == 3 and found["hyper"] == [1, "text", 2.5] and found["by_name"] == {"a": 1}
+    assert found["nothing"] is None and found[(1, 2)] == [2]
     assert found["callbacks"] == {} and left_out == {"lightning_like.ModelCheckpoint": 2}  # the class, and one object
 
 
