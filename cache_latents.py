@@ -23,7 +23,7 @@ from tqdm import tqdm
 from dataset.data import ImageData
 from dataset.latent_cache import LatentCache
 from models.posterior import encode_moments, to_mean_std
-from models.vae import downsampling, latent_statistics, load_vae, vae_config
+from models.vae import downsampling, latent_channels, latent_statistics, load_vae, vae_config
 from models.vae_files import vae_sha256
 from utils.distributed import launcher_notes, main_first, start_processes
 from utils.errors import InputError, about, command, when_interrupted
@@ -48,9 +48,13 @@ def main(argv: list[str] | None = None) -> None:
             needed = "a name without folders is needed (see --output-dir)"
             raise InputError(f"--vae-latents-name: {args.vae_latents_name!r} was given; {needed}")
         data = ImageData(args.data_dir)
-        vae = load_vae(args.vae_arch, args.vae_ckpt_path, flags=("--vae-arch", "--vae-ckpt-path"))
+        notes = []
+        vae = load_vae(args.vae_arch, args.vae_ckpt_path, flags=("--vae-arch", "--vae-ckpt-path"), say=notes.append)
+        for note in notes if processes.is_main_process else ():
+            logging.warning(note)
         stored = latent_statistics(args.vae_ckpt_path, vae, flag="--vae-ckpt-path")
-        cache = LatentCache(Path(args.output_dir or args.data_dir, args.vae_latents_name), describe(args, vae, data))
+        path = Path(args.output_dir or args.data_dir, args.vae_latents_name)
+        cache = LatentCache(path, describe(args, vae, data) | {"notes": notes})
         unfinished = cache.start(overwrite=args.overwrite)
     if not unfinished:
         if processes.is_main_process:
@@ -91,7 +95,7 @@ def describe(args, vae, data: ImageData) -> dict:
         "vae_config": vae_config(vae),
         "dataset_fingerprint": data.fingerprint,
         "count": len(data),
-        "shape": [len(data), 2 * vae.config.latent_channels, side, side],
+        "shape": [len(data), 2 * latent_channels(vae), side, side],
         "dtype": args.dtype,
         "resolution": data.resolution,
     }

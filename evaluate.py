@@ -176,7 +176,7 @@ def evaluate_reconstruction(args: argparse.Namespace, device: torch.device) -> N
             source = open_images(args.data_dir)
         if args.max_images:
             source = Subset(source, evenly_spaced(len(source), args.max_images))
-        vaes = load_vaes(args, source)
+        vaes, notes = load_vaes(args, source)
         network = load_network(args, source.size)
         lpips = load_lpips(args.lpips_weights) if args.lpips else None
     for module in filter(None, (*vaes.values(), network, lpips)):
@@ -202,6 +202,7 @@ def evaluate_reconstruction(args: argparse.Namespace, device: torch.device) -> N
             "size": list(source.size),
             "features": args.features,
             "batch_size": args.batch_size,
+            "notes": notes,
         }
         report(results, about_run, output, start)
         if args.num_picture:
@@ -210,20 +211,22 @@ def evaluate_reconstruction(args: argparse.Namespace, device: torch.device) -> N
             print(f"originals, reconstructions, differences and latents are in {output.with_suffix('.png')}")
 
 
-def load_vaes(args: argparse.Namespace, source: Source) -> dict[str, torch.nn.Module]:
-    """VAEs by the name of their file, or by its path where two have one name."""
+def load_vaes(args: argparse.Namespace, source: Source) -> tuple[dict[str, torch.nn.Module], list[str]]:
+    """VAEs by the name of their file, or by its path where two have one name; and what was chosen in loading them."""
     paths = [Path(path) for path in args.vae_ckpt]
     names = [path.stem for path in paths]
     names = names if len(set(names)) == len(names) else [str(path) for path in paths]
     if len(set(names)) < len(names):
         raise InputError(f"--vae-ckpt: {paths[0]} was given twice")
     architectures = args.vae * len(paths) if len(args.vae) == 1 else args.vae
-    vaes = {}
+    vaes, notes = {}, []
     for name, path, architecture in zip(names, paths, architectures, strict=True):
-        vaes[name] = load_vae(architecture, path).requires_grad_(False)
+        vaes[name] = load_vae(architecture, path, say=notes.append).requires_grad_(False)
         with about("--data-dir"):
             check_size(vaes[name], source, lpips=args.lpips)
-    return vaes
+    for note in notes if rank() == 0 else ():
+        logging.getLogger(__name__).warning(note)
+    return vaes, notes
 
 
 # Output

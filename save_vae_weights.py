@@ -1,4 +1,4 @@
-"""Take the tuned VAE out of a REPA-E checkpoint: `.pt` files with the public keys, and a folder for diffusers.
+"""Take the VAE out of a checkpoint of REPA-E or of train_vae.py: `.pt` files with public keys, a diffusers folder.
 
     python save_vae_weights.py --repae-ckpt exps/my-run/checkpoints/0400000.pt --vae-name e2e-vae --save-dir exps
 
@@ -16,7 +16,7 @@ import torch
 
 from models.sit_files import latent_stats_of
 from models.vae_files import require_new_vae_files, save_vae_files, vae_of_checkpoint
-from utils.checkpoint import read_checkpoint
+from utils.checkpoint import read_checkpoint, require_entries
 from utils.errors import InputError, about, command
 from utils.files import require_disk
 
@@ -43,12 +43,14 @@ def main(argv: list[str] | None = None) -> None:
         if not path.is_file():
             public = "`hf download REPA-E/sit-repae-vavae` a public one"
             raise InputError(f"{path} does not exist; a run of train_repae.py has checkpoints/<step>.pt, and {public}")
-        checkpoint = read_checkpoint(path)
+        checkpoint = read_checkpoint(path, need=())
+        jointly = "vae" not in checkpoint or "model" in checkpoint or "ema" in checkpoint  # else of train_vae.py
+        require_entries(checkpoint, path, ("model", "ema") if jointly else ("vae",))
         if "vae" not in checkpoint:
             raise InputError(f"{path} holds no VAE: it is a checkpoint of train_ldm_only.py, whose VAE is frozen")
         vae = vae_of_checkpoint(checkpoint, path, args.vae)
-        scale, bias = latent_statistics_of(checkpoint["ema"], path)
-        if scale.numel() != vae.config.latent_channels:
+        scale, bias = latent_statistics_of(checkpoint["ema"], path) if jointly else (None, None)
+        if jointly and scale.numel() != vae.config.latent_channels:
             found = f"ema normalises {scale.numel()} channels"
             raise InputError(f"{path}: {found}; its VAE has {vae.config.latent_channels}")
     discriminator = checkpoint.get("discriminator")
@@ -60,6 +62,8 @@ def main(argv: list[str] | None = None) -> None:
     folder = save_vae_files(args.save_dir, args.vae_name, vae, scale, bias, discriminator, overwrite=args.overwrite)
     step = f" at step {checkpoint['steps']}" if "steps" in checkpoint else ""
     print(f"VAE of {path}{step}: {', '.join(sorted(file.name for file in folder.iterdir()))} in {folder}")
+    if not jointly:
+        print("a checkpoint of train_vae.py holds no latent statistics: none were written; training measures its own")
 
 
 if __name__ == "__main__":

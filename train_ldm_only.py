@@ -30,7 +30,7 @@ from models.encoders import Encoder, load_encoders, resize_tokens, resizing_note
 from models.interpolant import Noising, interpolate
 from models.sit import SiT, build_sit
 from models.sit_files import load_sit
-from models.vae import latent_statistics, load_vae
+from models.vae import latent_channels, latent_statistics, load_vae
 from models.vae_files import vae_sha256
 from sampling.generation import preview, preview_sampler
 from sampling.labels import seen_classes
@@ -150,12 +150,12 @@ def build_networks(args, run: Run, latents: LatentData, checkpoint: dict | None)
         raise InputError(f"--enc-type None was given; --proj-coeff 0 goes with it, not {args.proj_coeff}")
 
     # The VAE only decodes, for previews and evaluations; its latents are cached, and must be this VAE's.
-    vae = load_vae(args.vae, args.vae_ckpt).requires_grad_(False)
+    vae = load_vae(args.vae, args.vae_ckpt, say=run.notes.append).requires_grad_(False)
     channels, *sides = latents.array.shape[1:]
     shape = (channels // 2, *sides)
-    if vae.config.latent_channels != shape[0]:
+    if latent_channels(vae) != shape[0]:
         cached = f"{latents.path}.npy holds latents of {shape[0]} channels"
-        raise InputError(f"--vae-latents-name: {cached}; the VAE of --vae-ckpt has {vae.config.latent_channels}")
+        raise InputError(f"--vae-latents-name: {cached}; the VAE of --vae-ckpt has {latent_channels(vae)}")
     require_same_vae(args.vae_ckpt, vae, latents)
 
     sit = build_sit(

@@ -21,6 +21,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from dataset.data import ImageData, evenly_spaced
@@ -37,7 +38,7 @@ from models.interpolant import Noising, interpolate
 from models.posterior import TrainableVAE, measure_latent_statistics
 from models.sit import SiT, build_sit
 from models.sit_files import find_sit_state, load_sit, start_from
-from models.vae import latent_shape, latent_statistics, load_vae, vae_config
+from models.vae import build_vae, latent_shape, latent_statistics, load_vae, require_trainable, vae_config
 from models.vae_files import vae_of_checkpoint
 from models.vae_keys import ldm_parameters, to_ldm
 from sampling.generation import preview, preview_sampler, reconstruction_pairs
@@ -209,7 +210,7 @@ def build_networks(args, run: Run, checkpoint: dict | None) -> Networks:
     vae_loss = VAELoss(config, load_lpips(args.lpips_weights) if config.perceptual_weight > 0 else None)
 
     if checkpoint is None:
-        vae, discriminator = load_vae(args.vae, args.vae_ckpt), load_discriminator(args.disc_pretrained_ckpt)
+        vae, discriminator = starting_vae(args, run), load_discriminator(args.disc_pretrained_ckpt)
         latent_stats = latent_statistics(args.vae_ckpt, vae)
     else:
         vae, discriminator = vae_of_checkpoint(checkpoint, run.resume_from), load_discriminator(None)
@@ -248,6 +249,18 @@ def build_networks(args, run: Run, checkpoint: dict | None) -> Networks:
     if checkpoint is not None:
         run.notes += load_networks(nets, checkpoint, str(run.resume_from))
     return nets
+
+
+def starting_vae(args, run: Run) -> AutoencoderKL:
+    """The VAE of --vae-ckpt; for `none` one with fresh weights (the paper's table 8)."""
+    if args.vae_ckpt.lower() == "none":
+        if args.vae == "auto":
+            raise InputError("--vae: auto was given; with --vae-ckpt none it must name an architecture")
+        run.notes.append(f"--vae-ckpt none: the VAE ({args.vae}) starts from fresh weights")
+        return build_vae(args.vae)
+    vae = load_vae(args.vae, args.vae_ckpt, say=run.notes.append)
+    require_trainable(vae)
+    return vae
 
 
 def load_networks(nets: Networks, checkpoint: dict, path: str) -> list[str]:

@@ -30,7 +30,7 @@ from loss.perceptual import load_lpips
 from loss.vae import VAELoss
 from models.discriminator import PatchDiscriminator, load_discriminator, require_resolution
 from models.posterior import TrainableVAE, measure_latent_statistics
-from models.vae import build_vae, latent_shape, load_vae, vae_config
+from models.vae import build_vae, latent_shape, load_vae, require_trainable, vae_config
 from models.vae_files import require_new_vae_files, save_vae_files, vae_of_checkpoint
 from models.vae_keys import ldm_parameters, to_ldm
 from sampling.generation import reconstruction_pairs
@@ -139,7 +139,8 @@ def build_networks(args, run: Run, checkpoint: dict | None) -> Networks:
     else:
         if args.vae_ckpt is None and args.vae == "auto":
             raise InputError("--vae auto takes the architecture from --vae-ckpt; from scratch, name one")
-        vae = load_vae(args.vae, args.vae_ckpt) if args.vae_ckpt else build_vae(args.vae)
+        vae = load_vae(args.vae, args.vae_ckpt, say=run.notes.append) if args.vae_ckpt else build_vae(args.vae)
+        require_trainable(vae)
         discriminator = load_discriminator(args.disc_pretrained_ckpt)
     require_resolution(args.resolution)
     return Networks(TrainableVAE(vae), discriminator, vae_loss, discriminator_loss, latent_shape(vae, args.resolution))

@@ -142,16 +142,19 @@ def add_alignment_flags(parser):
     return align
 
 
-def add_vae_flags(parser, *, default: str, ckpt: str | None):
-    """Which VAE; returns the group."""
+def add_vae_flags(parser, *, default: str, ckpt: str | None, fresh: bool = False):
+    """Which VAE, one with fresh weights where that can be; returns the group."""
     vae = parser.add_argument_group("VAE")
     vae.add_argument(
         "--vae",
         default=default,
         choices=[*VAE_NAMES, "auto"],
-        help="architecture; auto takes it from the diffusers folder that --vae-ckpt names",
+        help="architecture; auto takes it from what --vae-ckpt names",
     )
-    vae.add_argument("--vae-ckpt", type=path, default=ckpt, help=".pt (LDM keys), .safetensors or a diffusers folder")
+    more = "; none: fresh weights" if fresh else ""
+    vae.add_argument(
+        "--vae-ckpt", type=path, default=ckpt, help=f"file, checkpoint, diffusers folder or hub name{more}"
+    )
     return vae
 
 
@@ -208,7 +211,7 @@ def repae_parser() -> ArgumentParser:
     align = add_alignment_flags(parser)
     align.add_argument("--vae-align-proj-coeff", type=natural_float, default=1.5, help="weight of VAE's alignment loss")
     on_off(align, "--stop-grad", True, "keep the diffusion loss out of the VAE; without it the latents collapse")
-    add_vae_flags(parser, default="f8d4", ckpt="pretrained/sdvae-f8d4/sdvae-f8d4.pt")
+    add_vae_flags(parser, default="f8d4", ckpt="pretrained/sdvae-f8d4/sdvae-f8d4.pt", fresh=True)
     add_vae_loss_flags(parser, "--vae-learning-rate")
     add_online_evaluation_flags(parser)
     add_training_flags(parser)
@@ -329,9 +332,9 @@ def generate_arguments(argv: list[str] | None = None) -> Namespace:
 
 
 def save_vae_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="Take the tuned VAE out of a REPA-E checkpoint.")
+    parser = ArgumentParser(description="Take the tuned VAE out of a checkpoint of REPA-E or train_vae.py.")
     parser.add_argument(
-        "--repae-ckpt", type=path, required=True, help="checkpoint of train_repae.py or of the public code"
+        "--repae-ckpt", type=path, required=True, help="checkpoint of train_repae.py, train_vae.py or the public code"
     )
     parser.add_argument("--vae-name", default="e2e-vae", help="name of the folder and of the files")
     parser.add_argument("--save-dir", type=path, default="exps", help="where <vae-name>/ is made")
@@ -344,7 +347,8 @@ def cache_parser() -> ArgumentParser:
     name = "repae-invae-400k"
     parser = ArgumentParser(description="Cache the latents' mean and std of a data folder under a frozen VAE.")
     parser.add_argument("--vae-arch", default="f16d32", choices=[*VAE_NAMES, "auto"], help="architecture")
-    parser.add_argument("--vae-ckpt-path", type=path, default=f"pretrained/{name}/{name}.pt", help="VAE weights")
+    ckpt = f"pretrained/{name}/{name}.pt"
+    parser.add_argument("--vae-ckpt-path", type=path, default=ckpt, help="VAE, as --vae-ckpt elsewhere")
     parser.add_argument("--vae-latents-name", default=name, help="name of the cache")
     parser.add_argument("--data-dir", type=path, default="data", help="folder written by preprocessing.py")
     parser.add_argument("--output-dir", type=path, help="where <vae-latents-name>.npy goes (default: --data-dir)")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dataset.data import evenly_spaced
 from dataset.latents import LatentStatistics
+from models.vae_architecture import kind_of, latent_channels
 from utils.errors import about
 from utils.images import to_signed
 
@@ -19,10 +20,7 @@ LOGVAR_RANGE = (-30.0, 20.0)  # of the public DiagonalGaussianDistribution
 
 def encode_moments(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
     """Posterior moments of pixels [-1, 1] (B, 3, H, W): float32 (B, 2C, h, w), log-variance clamped."""
-    hidden = vae.encoder(pixels)
-    if vae.quant_conv is not None:
-        hidden = vae.quant_conv(hidden)
-    mean, logvar = hidden.float().chunk(2, dim=1)
+    mean, logvar = kind_of(vae).encode(vae, pixels).float().chunk(2, dim=1)
     return torch.cat([mean, logvar.clamp(*LOGVAR_RANGE)], dim=1)
 
 
@@ -51,9 +49,7 @@ def kl(moments: Tensor) -> Tensor:
 
 def decode(vae: AutoencoderKL, z: Tensor) -> Tensor:
     """Reconstruction, about [-1, 1], (B, 3, H, W), of latents (B, C, h, w)."""
-    if vae.post_quant_conv is not None:
-        z = vae.post_quant_conv(z)
-    return vae.decoder(z)
+    return kind_of(vae).decode(vae, z)
 
 
 class TrainableVAE(nn.Module):
@@ -105,7 +101,7 @@ def measure_latent_statistics(
     Raises:
         InputError: the VAE's latents are not finite, or a channel is constant.
     """
-    statistics = LatentStatistics(vae.config["latent_channels"], device)
+    statistics = LatentStatistics(latent_channels(vae), device)
     chosen = evenly_spaced(len(data), max_images)
     for first in range(rank * batch_size, len(chosen), world_size * batch_size):
         images = data.__getitems__(chosen[first : first + batch_size])[0].to(device)

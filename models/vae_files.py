@@ -11,37 +11,43 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from models.vae import build_vae, vae_config, vae_from_state, vae_models
+from models.vae_architecture import build_vae, vae_config
 from models.vae_keys import to_ldm
+from models.vae_state import Say, choose_config, find_state, log_line, recorded_config, vae_from_state
 from utils.errors import InputError
 from utils.files import atomic_write, sha256, sync
 
 DIFFUSERS_FOLDER = "diffusers"  # inside the VAE's own folder
 
 
-def vae_of_checkpoint(checkpoint: Mapping, path: str | Path, arch: str | None = None) -> AutoencoderKL:
-    """The VAE inside a REPA-E checkpoint, ours or public.
+def vae_of_checkpoint(
+    checkpoint: Mapping, path: str | Path, arch: str | None = None, say: Say = log_line
+) -> AutoencoderKL:
+    """The VAE inside a checkpoint of train_repae.py or train_vae.py, ours or public.
 
     Args:
         checkpoint: as `utils.checkpoint.read_checkpoint` returns it, with the entry `vae`.
         path: names it in messages.
-        arch: a name in `vae_models`; None: the checkpoint's `vae_config`, else `vae` of its arguments, else the shapes.
+        arch: a name in `vae_models`; None: the checkpoint's `vae_config`, else `vae` of its arguments, else the public
+            shape that it fits.
+        say: takes a line about each thing that is left out.
 
     Raises:
-        InputError: the weights do not fit the architecture.
+        InputError: the weights do not fit the architecture, or nothing says it.
     """
-    recorded = checkpoint.get("args", {}).get("vae")
-    config = arch or checkpoint.get("vae_config") or (recorded if recorded in vae_models else "auto")
-    wanted = f"--vae {config}" if isinstance(config, str) else "its vae_config"
-    return vae_from_state(checkpoint["vae"], config, f"{path}: vae", wanted)
+    recorded, what = recorded_config(checkpoint), f"{path}: vae"
+    known = "its vae_config" if isinstance(recorded, Mapping) else f"--vae {recorded or 'auto'}"
+    wanted = f"--vae {arch}" if arch else known
+    state = find_state(checkpoint["vae"], what, say)
+    return vae_from_state(state, choose_config(state, arch or "auto", recorded, what, wanted), what, wanted)
 
 
-def vae_sha256(path: str | Path, vae: AutoencoderKL) -> str:
-    """Checksum of the VAE's file; of a diffusers folder, of the weights in LDM order."""
+def vae_sha256(path: str | Path, vae: torch.nn.Module) -> str:
+    """Checksum of the VAE's file; of a folder or hub name, of the weights (an AutoencoderKL's in LDM order)."""
     if Path(path).is_file():
         return sha256(path)
     digest = hashlib.sha256()
-    for tensor in to_ldm(vae).values():
+    for tensor in (to_ldm(vae) if type(vae) is AutoencoderKL else vae.state_dict()).values():
         digest.update(tensor.cpu().contiguous().numpy())
     return digest.hexdigest()
 
@@ -71,8 +77,8 @@ def save_vae_files(
     folder: str | Path,
     name: str,
     vae: AutoencoderKL,
-    scale: Tensor,
-    bias: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
     discriminator_state: Mapping[str, Tensor] | None = None,
     *,
     overwrite: bool = False,
@@ -82,7 +88,7 @@ def save_vae_files(
     Args:
         folder: where `<name>/` is made, with `<name>.pt` (LDM keys), `<name>-latents-stats.pt` and `diffusers/`, whose
             configuration carries `latents_mean` and `latents_std`.
-        scale, bias: of the latents, (1, C, 1, 1): 1 / std and mean.
+        scale, bias: of the latents, (1, C, 1, 1): 1 / std and mean; None: unknown, and none are written.
         discriminator_state: for `<name>-discriminator-ckpt.pt`; None: no such file.
         overwrite: replace what there is; otherwise it is refused.
 
@@ -95,10 +101,13 @@ def save_vae_files(
     # The public files and what they hold.
     target = Path(folder, name)
     paths = {kind: target / file for kind, file in vae_file_names(name).items()}
-    scale, bias = (value.detach().float().cpu().reshape(1, -1, 1, 1) for value in (scale, bias))
+    stats = None
+    if scale is not None:
+        scale, bias = (value.detach().float().cpu().reshape(1, -1, 1, 1) for value in (scale, bias))
+        stats = {"latents_scale": scale, "latents_bias": bias}
     contents = {
         "vae": _on_cpu(to_ldm(vae)),
-        "statistics": {"latents_scale": scale, "latents_bias": bias},
+        "statistics": stats,
         "discriminator": None if discriminator_state is None else _on_cpu(discriminator_state),
     }
 
@@ -107,9 +116,10 @@ def save_vae_files(
         for kind, content in contents.items():
             if content is not None:
                 torch.save(content, stack.enter_context(atomic_write(paths[kind])))
-        _save_diffusers(vae, scale, bias, stack.enter_context(_atomic_folder(paths["diffusers"])))
-    if discriminator_state is None:
-        paths["discriminator"].unlink(missing_ok=True)  # of the VAE that was overwritten
+        _save_diffusers(vae, stats, stack.enter_context(_atomic_folder(paths["diffusers"])))
+    for kind, content in contents.items():
+        if content is None:
+            paths[kind].unlink(missing_ok=True)  # of the VAE that was overwritten
     return target
 
 
@@ -118,12 +128,13 @@ def _on_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return type(state)((key, tensor.detach().cpu().contiguous().clone()) for key, tensor in state.items())
 
 
-def _save_diffusers(vae: AutoencoderKL, scale: Tensor, bias: Tensor, folder: Path) -> None:
+def _save_diffusers(vae: AutoencoderKL, stats: Mapping[str, Tensor] | None, folder: Path) -> None:
     # The statistics belong into the configuration, which a network takes when it is made: hence a copy.
-    statistics = {
-        "latents_mean": bias.flatten().tolist(),
-        "latents_std": (1.0 / scale.double()).flatten().tolist(),  # in float64, so that 1 / std gives `scale` back
-    }
+    statistics = {}
+    if stats is not None:
+        statistics["latents_mean"] = stats["latents_bias"].flatten().tolist()
+        # In float64, so that 1 / std gives the scale back.
+        statistics["latents_std"] = (1.0 / stats["latents_scale"].double()).flatten().tolist()
     with torch.device("meta"):
         copy = build_vae(vae_config(vae) | statistics)
     copy.load_state_dict({key: tensor.detach().cpu() for key, tensor in vae.state_dict().items()}, assign=True)

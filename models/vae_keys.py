@@ -131,31 +131,3 @@ def ldm_parameters(vae: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]
     """
     parameters = dict(vae.named_parameters())
     return [(ldm, parameters[diffusers]) for ldm, diffusers in key_pairs(vae.config)]
-
-
-def infer_config(state: Mapping[str, torch.Tensor]) -> dict:
-    """The AutoencoderKL configuration that an LDM state dict belongs to, read from key names and tensor shapes.
-
-    What shapes do not show keeps diffusers' defaults (32 groups of the norms, SiLU), which public LDM autoencoders use.
-
-    Raises:
-        KeyError: a key without which the dict is no LDM autoencoder.
-    """
-    # Levels from the finest, as LDM numbers them; up blocks from the coarsest, as diffusers lists them.
-    levels = 1 + max((int(key.split(".")[2]) for key in state if key.startswith("encoder.down.")), default=-1)
-    widths = [state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]
-    down = ["AttnDown" if f"encoder.down.{i}.attn.0.q.weight" in state else "Down" for i in range(levels)]
-    up = ["AttnUp" if f"decoder.up.{i}.attn.0.q.weight" in state else "Up" for i in reversed(range(levels))]
-    layers = sum(re.fullmatch(r"encoder\.down\.0\.block\.\d+\.conv1\.weight", key) is not None for key in state)
-    return {
-        "in_channels": state["encoder.conv_in.weight"].shape[1],
-        "out_channels": state["decoder.conv_out.weight"].shape[0],
-        "latent_channels": state["decoder.conv_in.weight"].shape[1],
-        "block_out_channels": widths,
-        "layers_per_block": layers,
-        "down_block_types": [f"{kind}EncoderBlock2D" for kind in down],
-        "up_block_types": [f"{kind}DecoderBlock2D" for kind in up],
-        "use_quant_conv": "quant_conv.weight" in state,
-        "use_post_quant_conv": "post_quant_conv.weight" in state,
-        "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in state,
-    }

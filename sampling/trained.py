@@ -11,8 +11,9 @@ from torch import Tensor
 from dataset.latents import difference
 from models.sit import SIT_SIZES, SiT
 from models.sit_files import config_of_state_dict, find_sit_state, latent_stats_of
-from models.vae import downsampling, latent_statistics, load_vae, vae_models
+from models.vae import downsampling, latent_channels, latent_statistics, load_vae, vae_models
 from models.vae_files import vae_of_checkpoint
+from models.vae_folder import is_hub_name
 from utils.checkpoint import checkpoint_path, latest_step, read_checkpoint
 from utils.errors import InputError
 from utils.modules import load_strictly
@@ -79,12 +80,12 @@ def load_trained(
     if vae_path is None:
         vae = vae_of_checkpoint(contents | {"args": args}, path)
     elif vae_ckpt is not None:
-        vae = load_vae("auto", vae_path)
+        vae = load_vae("auto", vae_path, say=notes.append)
     else:
-        vae = _load_vae_of_args(args, vae_path, path)
-    if vae.config.latent_channels != sit.in_channels:
+        vae = _load_vae_of_args(args, vae_path, path, notes)
+    if latent_channels(vae) != sit.in_channels:
         needed = f"the SiT of {path} needs {sit.in_channels}"
-        raise InputError(f"--vae-ckpt: the VAE has {vae.config.latent_channels} latent channels; {needed}")
+        raise InputError(f"--vae-ckpt: the VAE has {latent_channels(vae)} latent channels; {needed}")
 
     latent_stats, more = _latent_stats(contents, state, path, vae, vae_path)
     sit.set_latent_stats(*latent_stats)
@@ -180,15 +181,14 @@ def _find_vae(checkpoint: dict, args: dict, path: Path, vae_ckpt: str | Path | N
     return Path(found)
 
 
-def _load_vae_of_args(args: dict, vae_path: Path, path: Path) -> AutoencoderKL:
+def _load_vae_of_args(args: dict, vae_path: Path, path: Path, notes: list[str]) -> AutoencoderKL:
     """The VAE that a checkpoint's args name, in errors too: nobody gave it here, and it may have moved since."""
     arch = args.get("vae") if args.get("vae") in vae_models else "auto"
     needed = "give the VAE that it was trained with as --vae-ckpt"
-    hub_name = arch == "auto" and not vae_path.is_absolute() and len(vae_path.parts) == 2
-    if not vae_path.exists() and not hub_name:
+    if not vae_path.exists() and not (arch == "auto" and is_hub_name(str(vae_path))):
         raise InputError(f"{path}: its args name the VAE {vae_path}, which does not exist; {needed}")
     try:
-        return load_vae(arch, vae_path)
+        return load_vae(arch, vae_path, say=notes.append)
     except InputError as error:
         problem = str(error).removeprefix("--vae-ckpt: ")
         raise InputError(f"{path}: its args name a VAE that cannot be used: {problem}; {needed}") from None
@@ -213,7 +213,7 @@ def _latent_stats(
         return own, [f"the latent statistics of {path} count; those stored with {vae_path} differ {apart}"]
 
     # REPA's and the original SiT carry none. On SD-VAE they are trained under its one scale, whatever lies beside it.
-    if vae.config.latent_channels == SD_VAE_CHANNELS:
+    if latent_channels(vae) == SD_VAE_CHANNELS:
         ones = torch.ones(1, SD_VAE_CHANNELS, 1, 1)
         sd_vae = SD_VAE_SCALE * ones, 0 * ones
         note = f"{path} carries no latent statistics: SD-VAE's scale {SD_VAE_SCALE} is used, as SiT and REPA do"

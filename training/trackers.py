@@ -3,18 +3,16 @@
 import logging
 import os
 import secrets
-import socket
-import threading
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
-from urllib.parse import urlparse
+from urllib.parse import urlsplit
 
 from utils.files import atomic_write
+from utils.network import PROBE_SECONDS, reachable
 
 logger = logging.getLogger(__name__)
 
-PROBE_SECONDS = 10.0
 WANDB_RUN = "wandb-run.txt"  # in a run's folder: the id under which wandb knows it
 
 
@@ -90,26 +88,10 @@ def _why_offline() -> str | None:
         return None
     import wandb
 
-    server = urlparse(wandb.setup().settings.base_url)
-    if not _reachable(server.hostname, server.port or (80 if server.scheme == "http" else 443)):
-        return f"{server.hostname} was not reached within {PROBE_SECONDS:.0f} s"
+    server = wandb.setup().settings.base_url
+    if not reachable(server):
+        return f"{urlsplit(server).hostname} was not reached within {PROBE_SECONDS:.0f} s"
     try:
         return None if wandb.login(prompt=False) else "there is no key (`wandb login`, or WANDB_API_KEY)"
     except wandb.Error as error:
         return " ".join(str(error).split())
-
-
-def _reachable(host: str, port: int) -> bool:
-    reached = threading.Event()
-
-    def connect():  # in a thread: a name look-up has no time limit of its own
-        try:
-            socket.create_connection((host, port), timeout=PROBE_SECONDS).close()
-            reached.set()
-        except OSError:
-            pass
-
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(PROBE_SECONDS)
-    return reached.is_set()

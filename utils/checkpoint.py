@@ -28,20 +28,30 @@ def read_checkpoint(path: str | Path, *, need: tuple[str, ...] = ("model", "ema"
         InputError: the file is missing or unreadable, lacks an entry, or has a later format than this code's.
     """
     checkpoint = read_torch_file(path)
-    missing = [key for key in need if key not in checkpoint]
-    if missing:
-        found = ", ".join(map(str, list(checkpoint)[:8]))
-        raise InputError(f"{path} is no checkpoint of this kind: it lacks the entry {missing[0]!r} and holds {found}")
+    require_entries(checkpoint, path, need)
     if checkpoint.get("format", FORMAT) > FORMAT:
         raise InputError(f"{path} has format {checkpoint['format']}; this code reads up to {FORMAT}")
 
     # The public code pickled argparse's Namespace.
     args = checkpoint.get("args", {})
     checkpoint["args"] = dict(vars(args)) if isinstance(args, argparse.Namespace) else args
-    for key in ("args", *need):
+    require_entries(checkpoint, path, ("args",))
+    return checkpoint
+
+
+def require_entries(checkpoint: dict, path: str | Path, need: tuple[str, ...]) -> None:
+    """Refuse a checkpoint without these entries; each but `steps` must be a dict.
+
+    Raises:
+        InputError: the first that is missing, or no dict.
+    """
+    missing = [key for key in need if key not in checkpoint]
+    if missing:
+        found = ", ".join(map(str, list(checkpoint)[:8]))
+        raise InputError(f"{path} is no checkpoint of this kind: it lacks the entry {missing[0]!r} and holds {found}")
+    for key in need:
         if key != "steps" and not isinstance(checkpoint[key], dict):
             raise InputError(f"{path}: {key} is a {type(checkpoint[key]).__name__}; a dict is needed")
-    return checkpoint
 
 
 def write_checkpoint(path: str | Path, contents: dict) -> None:

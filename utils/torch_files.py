@@ -10,11 +10,16 @@ import torch
 from utils.errors import InputError
 
 
+class ForeignObject(InputError):
+    """The file holds an object of a class that is not allowed."""
+
+
 def read_torch_file(path: str | Path) -> dict:
     """A dict written by `torch.save`, on the CPU, memory-mapped where the file allows it.
 
     Raises:
-        InputError: the file is missing, truncated, no torch file, or holds a class that is not allowed.
+        ForeignObject: the file holds a class that is not allowed; the message names it.
+        InputError: the file is missing, truncated or no torch file.
     """
     path = Path(path)
     if not path.is_file():
@@ -26,7 +31,7 @@ def read_torch_file(path: str | Path) -> dict:
     except pickle.UnpicklingError as error:
         if refused := re.search(r"(?:GLOBAL|global) ([\w.]+)", str(error)):
             found = f"{path} holds an object of {refused[1]}"
-            raise InputError(f"{found}; only tensors and plain values are loaded") from None
+            raise ForeignObject(f"{found}; only tensors and plain values are loaded") from None
         raise InputError(f"{path} is no torch checkpoint (truncated, or another kind of file)") from None
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         raise InputError(f"{path} is truncated or no torch checkpoint ({type(error).__name__})") from None

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from models.vae import build_vae, vae_config, vae_models
-from models.vae_keys import diffusers_shape, from_ldm, infer_config, key_pairs, ldm_parameters, ldm_shape, to_ldm
+from models.vae import build_vae, vae_models
+from models.vae_keys import diffusers_shape, from_ldm, key_pairs, ldm_parameters, ldm_shape, to_ldm
 from tests.support.golden_data import GOLDEN
 
 ARCHS = ("f8d4", "f16d32")
@@ -52,7 +52,7 @@ def test_public_keys_in_public_order(arch):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_keys_of_any_architecture_pair_and_tell_its_config(name):
+def test_keys_of_any_architecture_pair(name):
     base = {
         "latent_channels": 4,
         "block_out_channels": [32, 64],
@@ -65,8 +65,6 @@ def test_keys_of_any_architecture_pair_and_tell_its_config(name):
     pairs = key_pairs(vae.config)
     assert sorted(ours for _, ours in pairs) == sorted(vae.state_dict())
     assert len({ldm for ldm, _ in pairs}) == len(pairs)
-    inferred = infer_config(to_ldm(vae))
-    assert inferred == {key: vae_config(vae)[key] for key in inferred}
 
 
 def test_ldm_round_trip_is_exact(tiny):

@@ -14,6 +14,7 @@ import numpy as np
 import timm
 import torch
 import yaml
+from diffusers import AutoencoderKLFlux2, AutoencoderKLQwenImage
 from timm.models import save_for_hf
 
 from loss.config import VAELossConfig
@@ -43,6 +44,27 @@ def write_vae(folder: Path, name: str = "vae", arch: str = "f4d4-tiny") -> Path:
     channels = torch.arange(vae.config.latent_channels) / 10
     save_vae_files(folder, name, vae, 1 + channels, channels - 0.2, discriminator.state_dict())
     return folder / name / f"{name}.pt"
+
+
+def write_qwen(folder: Path) -> Path:
+    """A diffusers folder of Qwen-Image's kind of VAE: 4 channels, 4 times smaller, fresh weights."""
+    torch.manual_seed(0)
+    statistics = dict(latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[0.5, 1.0, 2.0, 1.5])
+    shape = dict(base_dim=8, z_dim=4, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True])
+    AutoencoderKLQwenImage(**shape, **statistics).save_pretrained(folder)
+    return folder
+
+
+def write_flux2(folder: Path) -> Path:
+    """A diffusers folder of FLUX.2's kind of VAE: 4 channels, 2 times smaller, in patches of 2 x 2; fresh weights."""
+    torch.manual_seed(0)
+    blocks = dict(down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2)
+    shape = dict(block_out_channels=[8, 16], layers_per_block=1, latent_channels=4, norm_num_groups=4)
+    vae = AutoencoderKLFlux2(**blocks, **shape)
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2)
+    vae.save_pretrained(folder)
+    return folder
 
 
 def write_encoder(folder: Path) -> str:

@@ -1,0 +1,164 @@
+"""A VAE out of a diffusers folder, of its own or of a pipeline, on disk or by its name on the Hugging Face hub."""
+
+import json
+import re
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import torch
+from diffusers.utils import logging as diffusers_logging
+from torch import nn
+
+from models.vae_architecture import kinds_by_name, vae_models
+from models.vae_state import Say, check_fit
+from utils.errors import InputError
+from utils.network import reachable
+
+WEIGHTS = "diffusion_pytorch_model"
+_SUFFIXES = (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")  # in the order of preference
+_HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:[:/]([\w.-]+))?")
+_PROBE_SECONDS = 5.0  # of the hub; with the first answer's eight no more than 15 in all
+_ANSWER_SECONDS = 8.0
+
+
+def load_folder(folder: Path, arch: str, wanted: str, say: Say) -> nn.Module:
+    """The VAE of a diffusers folder, float32, on the CPU, in eval mode; strictly, as diffusers only warns about keys.
+
+    Raises:
+        InputError: no such folder, a class that is not known here, another architecture, a missing or unknown key.
+    """
+    if not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
+        folder = folder / "vae"  # a whole pipeline
+    try:
+        name = json.loads((folder / "config.json").read_text())["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{folder} is no diffusers folder: a config.json with '_class_name' is needed") from None
+    if name not in kinds_by_name:
+        raise InputError(f"{folder} holds a {name}; one of {', '.join(kinds_by_name)} is needed")
+    vae = _from_pretrained(folder, kinds_by_name[name], say)
+    if arch != "auto":
+        if name != "AutoencoderKL":
+            raise InputError(f"{folder} holds a {name}; {wanted} is an AutoencoderKL, and 'auto' takes the folder's")
+        levels = len(vae.config["block_out_channels"])
+        check_fit(vae.config["latent_channels"], levels, vae_models[arch], str(folder), wanted)
+    return vae
+
+
+def _from_pretrained(folder: Path, network: type, say: Say) -> nn.Module:
+    variant = _variant(folder, say)
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)
+    try:
+        vae, report = network.from_pretrained(
+            str(folder), variant=variant, torch_dtype=torch.float32, output_loading_info=True, local_files_only=True
+        )
+    except Exception as error:  # diffusers and safetensors have no common ancestor
+        reason = str(error).split(". ")[0]
+        raise InputError(f"{folder} cannot be loaded as a diffusers {network.__name__}: {reason}") from None
+    finally:
+        diffusers_logging.set_verbosity(verbosity)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        for key in report[kind]:
+            raise InputError(f"{folder}: {kind.replace('_keys', ' key')} {key!r}")
+    return vae.eval()
+
+
+def _variant(folder: Path, say: Say) -> str | None:
+    """The one variant of its weights that a folder has, where it has no plain ones."""
+    names = {file.name for file in folder.glob(f"{WEIGHTS}.*")}
+    if any(re.fullmatch(rf"{WEIGHTS}\.(safetensors|bin)(\.index\.json)?", name) for name in names):
+        return None
+    variants = {match[1] for name in names if (match := re.fullmatch(rf"{WEIGHTS}\.(\w+)\.(safetensors|bin)", name))}
+    if len(variants) > 1:
+        listed = ", ".join(sorted(variants))
+        raise InputError(f"{folder} has its weights only as {listed}; a folder with one of them is needed")
+    for variant in variants:
+        say(f"{folder}: it has only the variant {variant!r} of its weights, which was taken")
+        return variant
+    return None
+
+
+# The hub
+
+
+def is_hub_name(name: str) -> bool:
+    """ORG/NAME, ORG/NAME/FOLDER or ORG/NAME:FOLDER, where no local folder of that beginning exists; no file's name."""
+    a_file = name.endswith((".pt", ".pth", ".ckpt", ".bin", ".safetensors"))
+    return _HUB_NAME.fullmatch(name) is not None and not a_file and not Path(name.split("/")[0]).exists()
+
+
+def hub_folder(name: str, say: Say) -> Path:
+    """The folder of a VAE on the hub as it lies in the hub's cache; what is missing is downloaded.
+
+    A filled cache is used as it is, without a look at the hub; its revision is said.
+
+    Args:
+        name: `is_hub_name`; without a folder, the repository itself or else its vae/.
+
+    Raises:
+        InputError: not in the cache, and the hub is not reached, or has no such VAE, or does not give it out.
+    """
+    repository, subfolder = _HUB_NAME.fullmatch(name).groups()
+    folders = (f"{subfolder}/",) if subfolder else ("", "vae/")
+    if cached := _cached(repository, folders):
+        say(f"{name}: taken from the hub's cache, revision {_revision(cached)}")
+        return cached
+    return _download(repository, folders, name, say)
+
+
+def _revision(folder: Path) -> str:
+    parts = folder.parts
+    return parts[parts.index("snapshots") + 1][:12] if "snapshots" in parts else "unknown"
+
+
+def _cached(repository: str, folders: tuple[str, ...]) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    for folder in folders:
+        config = try_to_load_from_cache(repository, f"{folder}config.json")
+        weights = [try_to_load_from_cache(repository, f"{folder}{WEIGHTS}{suffix}") for suffix in _SUFFIXES]
+        if isinstance(config, str) and any(isinstance(path, str) for path in weights):
+            return Path(config).parent
+    return None
+
+
+def _download(repository: str, folders: tuple[str, ...], name: str, say: Say) -> Path:
+    from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
+
+    # Whether the hub answers: hf_hub_download tries for half a minute, and then speaks of missing files.
+    address = urlsplit(constants.ENDPOINT).hostname
+    if constants.HF_HUB_OFFLINE:
+        raise InputError(f"{name} is no local path and not in the hub's cache, and HF_HUB_OFFLINE is set")
+    offline = f"{name} is no local path and not in the hub's cache, and {address} was not reached"
+    if not reachable(constants.ENDPOINT, _PROBE_SECONDS):
+        raise InputError(offline)
+    try:
+        for folder in folders:
+            try:
+                get_hf_file_metadata(hf_hub_url(repository, f"{folder}config.json"), timeout=_ANSWER_SECONDS)
+            except errors.RemoteEntryNotFoundError:
+                continue
+            break
+        else:
+            raise InputError(f"{name}: {' and '.join(f'{folder}config.json' for folder in folders)} are not on the hub")
+
+        # The configuration, and the first form of the weights that there is.
+        config = Path(hf_hub_download(repository, f"{folder}config.json"))
+        for suffix in _SUFFIXES:
+            try:
+                hf_hub_download(repository, f"{folder}{WEIGHTS}{suffix}")
+            except errors.RemoteEntryNotFoundError:
+                continue
+            say(f"{name}: taken from the hub, revision {_revision(config.parent)}")
+            return config.parent
+        raise InputError(f"{name}: the hub has no {folder}{WEIGHTS}.safetensors or .bin")
+    except errors.GatedRepoError:
+        terms = f"accept its terms on https://{address}/{repository} and log in with `hf auth login`"
+        raise InputError(f"{name} is given out on conditions: {terms}") from None
+    except errors.RepositoryNotFoundError:
+        raise InputError(f"{name} is no local path, and no repository on {address} (or a private one)") from None
+    except InputError:
+        raise
+    except Exception as error:  # whatever the connection ends in: the client has no common ancestor for it
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{offline} ({reason[:200]})") from None
