@@ -279,11 +279,13 @@ def cache_parser() -> ArgumentParser:
 
 def preprocessing_parser() -> ArgumentParser:
     parser = ArgumentParser(description="A folder of images -> the data folder of the training scripts.")
-    parser.add_argument("--imagenet-path", required=True, help="any folder tree of JPEG, PNG or WebP images")
+    parser.add_argument("--imagenet-path", required=True, help="any folder tree of images")
     parser.add_argument("--output-path", default="data", help="the data folder to write")
     parser.add_argument("--resolution", type=positive_int, default=256, help="images become R x R (ADM centre crop)")
     parser.add_argument("--num-workers", type=positive_int, default=16, help="processes")
-    parser.add_argument("--max-images", type=positive_int, help="stop after so many, in sorted order")
+    parser.add_argument(
+        "--max-images", type=positive_int, help="take so many, spread over the classes: of each the first"
+    )
     parser.add_argument("--on-error", default="skip", choices=["skip", "stop"], help="for an unreadable image")
     on_off(parser, "--exif-orientation", False, "turn images as their EXIF tag says (the public code does not)")
     on_off(parser, "--overwrite", False, "replace an existing data folder")

@@ -101,9 +101,13 @@ def bad(place: Path, name: str, array: np.ndarray) -> str:
 IMAGES = np.full((8, 16, 16, 3), 128, np.uint8)
 BAD_SAMPLES = {
     "missing": (None, "none.npz does not exist"),
-    "float": (IMAGES / 255.0, "arr_0 is float64 (8, 16, 16, 3)"),
+    "float": (IMAGES / 255.0, "arr_0 is float64 (8, 16, 16, 3); "),
+    "float, unsaid": (IMAGES / 255.0, "or of floats their range must be said, --samples-range 0,1 or -1,1"),
     "channels first": (IMAGES.transpose(0, 3, 1, 2), "arr_0 is uint8 (8, 3, 16, 16)"),
-    "grey": (IMAGES[..., 0], "arr_0 is uint8 (8, 16, 16)"),
+    "one image": (IMAGES[0], "arr_0 is uint8 (16, 16, 3)"),
+    "alpha": (IMAGES[..., [0, 0, 0, 0]], "arr_0 is uint8 (8, 16, 16, 4)"),
+    "16 bit": (IMAGES.astype(np.uint16), "arr_0 is uint16 (8, 16, 16, 3)"),
+    "bool": (IMAGES > 0, "arr_0 is bool (8, 16, 16, 3)"),
     "empty": (IMAGES[:0], "arr_0 is uint8 (0, 16, 16, 3)"),
     "range": (IMAGES // 128, "holds only 0 and 1"),
     "pickled": (np.array([{}], dtype=object), "pickled objects, which are never loaded"),
