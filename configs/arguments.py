@@ -295,8 +295,10 @@ def preprocessing_parser() -> ArgumentParser:
 def evaluate_parser() -> ArgumentParser:
     parser = ArgumentParser(description="FID, sFID, IS, precision and recall of samples; or a VAE's reconstructions.")
     samples = parser.add_argument_group("samples against a reference")
-    samples.add_argument("--samples", help=".npz of generate.py (or any with arr_0), or a folder of images")
-    samples.add_argument("--reference", help="ADM reference .npz, a --save-stats file, any .npz, or a folder of images")
+    samples.add_argument("--samples", help=".npz of generate.py (or any with arr_0), .npy, or a folder of images")
+    samples.add_argument(
+        "--reference", help="ADM reference .npz, EDM2 .pkl, a --save-stats file, or images like --samples"
+    )
     samples.add_argument("--save-stats", metavar="FILE", help="write the statistics of --reference to this .npz, once")
     on_off(samples, "--overwrite", False, "replace an existing --save-stats file")
     add_feature_flags(parser, more=", or none (with --reconstruct)")
@@ -304,12 +306,13 @@ def evaluate_parser() -> ArgumentParser:
     on_off(vae, "--reconstruct", False, "evaluate a VAE: rFID, PSNR, SSIM, LPIPS, and a picture")
     vae.add_argument("--vae-ckpt", nargs="+", metavar="VAE", help="one VAE, or two to compare (before, after)")
     vae.add_argument("--vae", nargs="+", default=["auto"], choices=[*VAE_NAMES, "auto"], help="architecture of each")
-    vae.add_argument("--data-dir", default="data", help="data folder, or folder or .npz of images")
+    vae.add_argument("--data-dir", default="data", help="data folder, or images like --samples")
     vae.add_argument("--max-images", type=positive_int, help="take only so many images, evenly spread")
     vae.add_argument("--num-picture", type=natural_int, default=8, help="images of the picture; 0 for none")
     on_off(vae, "--lpips", True, "measure LPIPS")
     vae.add_argument("--lpips-weights", help="torchvision vgg16 state dict (default: downloaded once)")
     run = parser.add_argument_group("run")
+    run.add_argument("--samples-range", choices=["0,1", "-1,1"], help="black and white in images that are floats")
     run.add_argument("--batch-size", type=positive_int, default=64, help="images at a time per process")
     run.add_argument("--output", metavar="FILE.json", help="where the numbers go (default: beside what is evaluated)")
     return parser

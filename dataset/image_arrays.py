@@ -12,6 +12,7 @@ from utils.npz import CompressedArray, release
 AHEAD = 4  # batches read in advance
 BLOCK = 64  # images looked at together
 Range = tuple[float, float]  # the values of black and white
+RANGES = {"0,1": (0.0, 1.0), "-1,1": (-1.0, 1.0)}  # as --samples-range names them
 TOLERANCE = 1e-3  # by which float16 may leave its range
 
 
@@ -19,6 +20,8 @@ class ImageArray:
     """Images of an array that may lie on disk: colour (N, H, W, 3), or (N, 3, H, W) with `channels_last=False`, or grey
     (N, H, W, 1) or (N, H, W); uint8, or floats in `value_range`.
     """
+
+    turns = 0  # arrays have no EXIF
 
     def __init__(
         self,
@@ -86,8 +89,7 @@ def images_of_array(
     if array.dtype.kind == "u" and array.dtype != np.uint8:
         raise InputError(f"{found}; {needed}")
     if array.dtype.kind == "f" and value_range is None:
-        advice = "their range must be said, --samples-range 0,1 or -1,1 of evaluate.py, which --save-stats keeps"
-        raise InputError(f"{found}; {needed}, or of floats {advice}")
+        raise InputError(f"{found}; {needed}, or floats and evaluate.py's --samples-range 0,1 or -1,1")
 
     # A set that was cast wrongly shows it only as a whole: any single image may be black.
     source = ImageArray(array, str(path), value_range=value_range)

@@ -1,10 +1,12 @@
 """Sets of images to evaluate: an `.npz` or `.npy`, a data folder, or a folder of image files, all read in batches.
 
-A source has `len()`, `size` (height, width), `name`, `read(start, stop)` -> images uint8 (B, 3, H, W), and `remarks`:
-lines on what it leaves out or changes, for whoever reports a number. Errors name the file; the flag is the caller's to
-say (`utils.errors.about`).
+A source has `len()`, `size` (height, width), `name`, `read(start, stop)` -> images uint8 (B, 3, H, W), and for whoever
+reports a number `remarks`: lines on what it leaves out or changes; `turns`: how many of the images read so far EXIF
+asks to turn; `value_range`: of floats that it reads. Errors name the file; the flag is the caller's to say
+(`utils.errors.about`).
 """
 
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +18,7 @@ import torch
 
 from dataset.data import ImageData
 from dataset.image_arrays import AHEAD, ImageArray, Range, images_of_array
-from dataset.image_files import open_image, refuse_splits, walk_images
+from dataset.image_files import asks_for_turn, open_image, refuse_splits, walk_images
 from utils.errors import InputError, renamed
 from utils.images import to_rgb
 from utils.npz import open_npy, open_npz
@@ -25,21 +27,24 @@ from utils.npz import open_npy, open_npz
 class ImageFolder:
     """All image files below a folder, in sorted order, of one size."""
 
-    threads = AHEAD
+    threads, value_range = AHEAD, None
 
     def __init__(self, folder: Path):
         tree = walk_images(folder)
         refuse_splits(tree, labelled=False)
         self.name, self.files = str(folder), [folder / name for name in tree.files]
         self.remarks = [f"{folder}: left out {tree.left_out_text()}"] if tree.left_out else []
-        self.size = self._pixels(self.files[0]).shape[:2]
+        self.size = self._read_one(self.files[0])[0].shape[:2]
+        self.turns, self._lock = 0, threading.Lock()
 
     def __len__(self) -> int:
         return len(self.files)
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Images start <= i < stop, uint8 (B, 3, H, W)."""
-        images = [self._pixels(file) for file in self.files[start:stop]]
+        images, turns = zip(*map(self._read_one, self.files[start:stop]), strict=True)
+        with self._lock:
+            self.turns += sum(turns)
         for file, image in zip(self.files[start:stop], images, strict=True):
             if image.shape[:2] != self.size:
                 problem = f"{file} has {_by(image.shape[:2])} pixels, the first image {_by(self.size)}"
@@ -47,10 +52,11 @@ class ImageFolder:
                 raise InputError(f"{problem}; images of one size are needed: {advice}")
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
-    def _pixels(self, file: Path) -> np.ndarray:
+    def _read_one(self, file: Path) -> tuple[np.ndarray, bool]:
+        """uint8 (H, W, 3), and whether EXIF asks for a turn."""
         try:
             with open_image(file) as image:
-                return np.asarray(to_rgb(image))
+                return np.asarray(to_rgb(image)), asks_for_turn(image)
         except Exception as error:  # Pillow's decoders raise what they like
             raise InputError(f"{file} cannot be read as an image ({error})") from error
 
@@ -94,7 +100,8 @@ class Subset:
 
     def __init__(self, source: "Source", indices: Sequence[int]):
         self.source, self.indices = source, indices
-        self.name, self.size, self.threads, self.remarks = source.name, source.size, source.threads, source.remarks
+        self.name, self.size, self.threads = source.name, source.size, source.threads
+        self.remarks, self.value_range = source.remarks, source.value_range
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -102,6 +109,10 @@ class Subset:
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Images start <= i < stop of the subset, uint8 (B, 3, H, W)."""
         return torch.cat([self.source.read(index, index + 1) for index in self.indices[start:stop]])
+
+    @property
+    def turns(self) -> int:
+        return self.source.turns
 
 
 Source = ImageArray | ImageFolder | Subset
