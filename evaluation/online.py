@@ -41,6 +41,7 @@ def online_evaluation(args, run) -> "OnlineEvaluation | None":
             network = load_features(args.eval_features, size, weights=args.eval_weights).to(run.device)
         with about("--eval-reference"):
             reference = read_reference(args.eval_reference, network, size, run.device)
+    run.notes += reference.remarks  # for the log, which is not open yet
     sampler = SamplerConfig(path_type=args.path_type)  # its defaults: 50 Euler steps, no guidance
     return OnlineEvaluation(network, reference, sampler, args.eval_samples, args.seed)
 
