@@ -22,8 +22,9 @@ from pathlib import Path
 import torch
 
 from dataset.data import evenly_spaced
+from dataset.image_arrays import RANGES, Range
 from dataset.image_sources import Source, Subset, open_images, require_size
-from evaluation.evaluator import NOTHING, compare, extract, require_neighbours
+from evaluation.evaluator import NOTHING, compare, extract, require_neighbours, say
 from evaluation.features import load_features
 from evaluation.reconstruction import check_size, comparison_picture, measure_reconstruction
 from evaluation.reference import read_reference, reference_images, save_reference
@@ -116,7 +117,8 @@ def evaluate_samples(args: argparse.Namespace, device: torch.device) -> None:
 
     # The reference: read, or extracted and saved for the next time.
     with about("--reference"):
-        reference = read_reference(args.reference, network, size, device, batch_size=args.batch_size)
+        options = {"batch_size": args.batch_size, "value_range": value_range(args)}
+        reference = read_reference(args.reference, network, size, device, **options)
     if args.save_stats and rank() == 0:
         save_reference(args.save_stats, reference, network, size, device, source=args.reference)
         print(f"the statistics of {args.reference} are in {args.save_stats}")
@@ -137,6 +139,7 @@ def evaluate_samples(args: argparse.Namespace, device: torch.device) -> None:
             "reference_count": reference.count,
             "features": network.label,
             "batch_size": args.batch_size,
+            "notes": [*found.notes, *reference.notes],
         }
         report({args.samples: results}, about_run, output, start)
 
@@ -146,10 +149,12 @@ def open_samples(args: argparse.Namespace) -> tuple[Source | None, tuple[int, in
     samples = None
     if args.samples:
         with about("--samples"):
-            samples = open_images(args.samples)
+            samples = open_images(args.samples, value_range(args))
             require_neighbours(args.samples, len(samples))
     with about("--reference"):
-        images = reference_images(args.reference)
+        images = reference_images(args.reference, value_range(args))
+    require_floats(args, samples, images)
+    with about("--reference"):
         if samples is None:
             if images is None:
                 raise InputError(f"{args.reference} has no images; --save-stats needs them")
@@ -157,6 +162,16 @@ def open_samples(args: argparse.Namespace) -> tuple[Source | None, tuple[int, in
         if images is not None:
             require_size(images, samples.size, f"{args.samples} has")
     return samples, samples.size
+
+
+def value_range(args: argparse.Namespace) -> Range | None:
+    return RANGES.get(args.samples_range)
+
+
+def require_floats(args: argparse.Namespace, *sources: Source | None) -> None:
+    """Refuse a range that no images have."""
+    if args.samples_range and not any(source is not None and source.value_range for source in sources):
+        raise InputError(f"--samples-range: {args.samples_range} was given, but no images are floats")
 
 
 def load_network(args: argparse.Namespace, size: tuple[int, int]) -> torch.nn.Module | None:
@@ -173,7 +188,8 @@ def evaluate_reconstruction(args: argparse.Namespace, device: torch.device) -> N
     start = time.perf_counter()
     with main_first():
         with about("--data-dir"):
-            source = open_images(args.data_dir)
+            source = open_images(args.data_dir, value_range(args))
+        require_floats(args, source)
         if args.max_images:
             source = Subset(source, evenly_spaced(len(source), args.max_images))
         vaes, notes = load_vaes(args, source)
@@ -184,7 +200,9 @@ def evaluate_reconstruction(args: argparse.Namespace, device: torch.device) -> N
 
     # The originals' features once, then each VAE against them.
     originals = None
-    if network is not None:
+    if network is None:
+        say(*source.notes)
+    else:
         originals = extract(source, network, device, batch_size=args.batch_size, keep=NOTHING, description="originals")
     results = {}
     for name, vae in vaes.items():
@@ -202,7 +220,7 @@ def evaluate_reconstruction(args: argparse.Namespace, device: torch.device) -> N
             "size": list(source.size),
             "features": args.features,
             "batch_size": args.batch_size,
-            "notes": notes,
+            "notes": [*notes, *(source.notes if originals is None else originals.notes)],
         }
         report(results, about_run, output, start)
         if args.num_picture:

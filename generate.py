@@ -95,7 +95,8 @@ def main(argv: list[str] | None = None) -> None:
         if processes.is_main_process:
             record = description | job.record(processes) | speed | {"preset": published}
             if results is not None:
-                record["evaluation"] = {"reference": args.evaluate, "features": network.label, **results}
+                given = {"reference": args.evaluate, "features": network.label}
+                record["evaluation"] = given | {"notes": evaluator.reference.notes} | results
             finish(job, store, record)
         processes.wait_for_everyone()
     finally:
@@ -162,7 +163,8 @@ def finish(job: SamplingJob, store: SampleStore, record: dict) -> None:
 
     print(f"{target}: {store.count} samples, {record['drawn']} of them drawn now; {record['seconds']:.1f} s")
     for name, value in record.get("evaluation", {}).items():
-        print(f"  {name:<32} {value if isinstance(value, str) else format(value, '.6g')}")
+        if name != "notes":  # they were said when the reference was read
+            print(f"  {name:<32} {value if isinstance(value, str) else format(value, '.6g')}")
 
 
 # What is written

@@ -3,8 +3,8 @@
     python preprocessing.py --imagenet-path /PATH/TO/IMAGENET_TRAIN
     python preprocessing.py --imagenet-path photos --output-path data/photos --resolution 128 --on-error stop
 
-Classes are the top folders in sorted order, or the labels of a StyleGAN-form dataset.json, or one class for images
-that lie in the folder itself.
+Classes are the top folders in sorted order, also those without an image, or the labels of a StyleGAN-form dataset.json,
+or one class for images that lie in the folder itself.
 """
 
 from configs.arguments import preprocessing_parser
@@ -20,7 +20,8 @@ import sys
 import time
 from pathlib import Path
 
-from dataset.preprocess import check_output, list_images, write_data_folder
+from dataset.class_labels import LabelledImages, empty_classes, list_images, some
+from dataset.preprocess import check_output, write_data_folder
 from utils.errors import command, when_interrupted
 
 
@@ -33,35 +34,44 @@ def main(argv=None):
 
     # Which files, and their labels; then the data folder, which appears whole or not at all.
     check_output(output, root, args.overwrite)
-    files, labels, class_names = list_images(root)
-    files, labels = files[: args.max_images], labels[: args.max_images]
+    found = list_images(root)
+    images = found.at_most(args.max_images)
     with when_interrupted(lambda: "interrupted; nothing was written"):
-        skipped = write_data_folder(
+        info = write_data_folder(
             output,
-            root,
-            files,
-            labels,
-            class_names,
+            images,
             resolution=args.resolution,
             num_workers=args.num_workers,
             stop_on_error=args.on_error == "stop",
             exif_orientation=args.exif_orientation,
         )
+    report(found, info, output)
 
     # What came of it.
-    for entry in skipped[:10]:
-        print(f"skipped {entry['file']}: {entry['reason']}", file=sys.stderr)
-    if len(skipped) > 10:
-        print(f"... and {len(skipped) - 10} more, listed in {output / 'dataset.json'}", file=sys.stderr)
     if args.overwrite:
         for name in orphaned_latents(output):
             print(f"latents '{name}' in {output} belong to other images: cache them again, or delete them")
-    classes = len(class_names) or max(labels) + 1
-    seconds = time.perf_counter() - started
+    left_out = f", {images.tree.left_out_text()} left out" if images.tree.left_out else ""
     print(
-        f"{len(files) - len(skipped)} images of {args.resolution} x {args.resolution}, {classes} classes, "
-        f"{len(skipped)} skipped, {seconds:.1f} s: {output}"
+        f"{info['count']} images of {args.resolution} x {args.resolution}, {images.num_classes} classes, "
+        f"{len(info['skipped'])} skipped{left_out}, {time.perf_counter() - started:.1f} s: {output}"
     )
+
+
+def report(found: LabelledImages, info: dict, output: Path) -> None:
+    """Say what a user may not expect of the data folder and `list_images` could not know."""
+    for entry in info["skipped"][:10]:
+        print(f"skipped {entry['file']}: {entry['reason']}", file=sys.stderr)
+    if len(info["skipped"]) > 10:
+        print(f"... and {len(info['skipped']) - 10} more, listed in {output / 'dataset.json'}", file=sys.stderr)
+    before = empty_classes(found.labels, found.num_classes) or {"count": 0}
+    if (empty := info.get("empty_classes", before))["count"] > before["count"]:
+        which = [found.class_names[label] if found.class_names else label for label in empty["first"]]
+        count = f"{empty['count']} of {found.num_classes} classes"
+        print(f"{count} have no image in {output}: {some(which)}", file=sys.stderr)
+    if info.get("exif_turns") and not info["exif_orientation"]:
+        advice = "they stay as they lie (--exif-orientation turns them)"
+        print(f"{info['exif_turns']} images ask by EXIF to be turned: {advice}", file=sys.stderr)
 
 
 def orphaned_latents(output: Path) -> list[str]:

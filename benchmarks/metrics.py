@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from evaluation.metrics import Statistics, frechet_distance, inception_score, precision_recall
+from evaluation.metrics import Statistics, frechet_distance, inception_score, kernel_distance, precision_recall
 
 DIM, CLASSES = 2048, 1008
 BATCH = 64  # of the feature network, and of the sums
@@ -58,6 +58,11 @@ def neighbours(count: int, half: bool) -> Callable:
     return lambda: precision_recall(real, fake, half=half)
 
 
+def kernel(count: int) -> Callable:
+    real, fake = features(count, 1), features(count, 2)
+    return lambda: kernel_distance(real, fake, subset_size=1000)
+
+
 def score(count: int) -> Callable:
     probabilities = features(count, 1)[:, :CLASSES].softmax(1)
     return lambda: inception_score(probabilities)
@@ -72,6 +77,7 @@ CASES: dict[str, tuple[Callable, tuple]] = {
     "sums of 10,000 features in batches of 64": (sums_by_batch, (10000,)),
     "precision, recall 10,000 x 10,000, float32": (neighbours, (10000, False)),
     "precision, recall 10,000 x 10,000, as ADM (float16)": (neighbours, (10000, True)),
+    "KID of 10,000 and 10,000": (kernel, (10000,)),
     "Inception Score of 50,000": (score, (50000,)),
 }
 

@@ -1,4 +1,4 @@
-"""The command-line flags of all scripts, declared once: first the groups that scripts share, then a parser for each.
+"""The command-line flags of all scripts, a parser for each; `configs/groups.py` has what several share.
 
 Names and defaults are those of the public release; flags of our own say so in README's tables. Nothing here imports
 torch, so `--help` and a mistyped flag answer at once.
@@ -6,197 +6,31 @@ torch, so `--help` and a mistyped flag answer at once.
 
 from argparse import Namespace
 
+from configs.groups import (
+    VAE_NAMES,
+    add_alignment_flags,
+    add_data_flags,
+    add_feature_flags,
+    add_online_evaluation_flags,
+    add_run_flags,
+    add_sit_flags,
+    add_training_flags,
+    add_unused_flags,
+    add_vae_flags,
+    add_vae_loss_flags,
+)
 from configs.parsing import (
     ArgumentParser,
-    OneSpelling,
-    Shipped,
-    encoders,
     grid_shape,
     guidance_float,
     natural_float,
     natural_int,
     on_off,
     path,
-    paths,
-    positive_float,
     positive_int,
     unit_float,
 )
 from configs.presets import PRESETS
-
-SIT_NAMES = [f"SiT-{size}/{patch}" for size in ("T", "S", "B", "L", "XL") for patch in (1, 2, 4, 8)]
-VAE_NAMES = ["f8d4", "f16d32", "f4d4-tiny"]
-
-# Groups that several scripts share; where a function returns its group, a script adds flags of its own to it.
-
-
-def add_run_flags(parser):
-    """Where a training run lives, how it resumes, what it reports; returns the group."""
-    run = parser.add_argument_group("run")
-    run.add_argument("--exp-name", required=True, help="name of the run's folder under --output-dir")
-    run.add_argument("--output-dir", type=path, default="exps", help="where run folders are made")
-    run.add_argument("--logging-dir", type=path, default="logs", help="the tracker's folder, inside the run's folder")
-    run.add_argument("--report-to", default="wandb", choices=["wandb", "tensorboard", "none"], help="tracker")
-    run.add_argument("--log-steps", type=positive_int, default=100, help="steps between two rows of scalars")
-    run.add_argument("--sampling-steps", type=positive_int, default=10000, help="steps between two preview grids")
-    run.add_argument("--num-preview", type=natural_int, default=64, help="images of a preview grid; 0 for no previews")
-    run.add_argument("--checkpointing-steps", type=positive_int, default=50000, help="steps between two checkpoints")
-    run.add_argument(
-        "--resume",
-        metavar="{latest,STEP}",
-        help="go on from this checkpoint of the run's own folder; 'latest' starts afresh where there is none yet",
-    )
-    run.add_argument("--resume-step", type=natural_int, default=0, help="as --resume STEP (0: off)")
-    run.add_argument(
-        "--continue-train-exp-dir", type=path, help="the run folder that --resume-step reads from, if not its own"
-    )
-    on_off(run, "--overwrite", False, "delete an existing run folder of this name and start afresh")
-    return run
-
-
-def add_unused_flags(run) -> None:
-    """What the commands of the public release may carry, and nothing reads, there or here."""
-    run.add_argument("--wandb-history-path", type=path, help="accepted and unused, as in the public code")
-
-
-def add_online_evaluation_flags(parser) -> None:
-    """An FID curve while training (docs/evaluation.md, "While training")."""
-    online = parser.add_argument_group("online evaluation")
-    online.add_argument("--eval-steps", type=natural_int, default=0, help="steps between two evaluations; 0: none")
-    online.add_argument(
-        "--eval-reference", type=path, help="what samples are compared with, as evaluate.py's --reference"
-    )
-    online.add_argument("--eval-samples", type=positive_int, default=5000, help="samples of an evaluation")
-    online.add_argument(
-        "--eval-features", type=encoders, default="inception", help="feature space, as evaluate.py's --features"
-    )
-    online.add_argument(
-        "--eval-weights", type=path, help="weights file of the feature network (default: downloaded once)"
-    )
-
-
-def add_training_flags(parser, *, learning_rate: bool = True) -> None:
-    """Length, batch, optimiser, precision: what all training scripts share; SiT's learning rate where there is one."""
-    train = parser.add_argument_group("training")
-    train.add_argument("--max-train-steps", type=positive_int, default=400000, help="optimiser steps in all")
-    train.add_argument("--epochs", type=positive_int, help="passes over the data at most (default: no limit)")
-    train.add_argument("--batch-size", type=positive_int, default=256, help="images of a (micro-)step, all processes")
-    train.add_argument("--gradient-accumulation-steps", type=positive_int, default=1, help="micro-steps of a step")
-    if learning_rate:
-        train.add_argument("--learning-rate", type=natural_float, default=1e-4, help="AdamW's, constant")
-    train.add_argument("--adam-beta1", type=unit_float, default=0.9, help="AdamW's beta 1")
-    train.add_argument("--adam-beta2", type=unit_float, default=0.999, help="AdamW's beta 2")
-    train.add_argument("--adam-weight-decay", type=natural_float, default=0.0, help="AdamW's weight decay")
-    train.add_argument("--adam-epsilon", type=positive_float, default=1e-8, help="AdamW's epsilon")
-    train.add_argument("--max-grad-norm", type=positive_float, default=1.0, help="gradients are clipped to this norm")
-    train.add_argument("--mixed-precision", default="fp16", choices=["no", "fp16", "bf16"], help="autocast of networks")
-    on_off(train, "--allow-tf32", True, "TF32 products in float32 code on CUDA")
-    on_off(train, "--compile", None, "torch.compile the networks (default: on CUDA yes, without no)")
-    on_off(train, "--deterministic", False, "bit-reproducible CUDA kernels, at some speed")
-    train.add_argument("--seed", type=natural_int, default=0, help="of every random draw")
-
-
-def add_data_flags(parser, *, labels: bool = True) -> None:
-    """The data folder, and what the images, and the labels where they are read, must be."""
-    data = parser.add_argument_group("data")
-    data.add_argument("--data-dir", type=path, default="data", help="folder written by preprocessing.py")
-    data.add_argument("--resolution", type=positive_int, default=256, help="of the images in the data folder")
-    if labels:
-        data.add_argument(
-            "--num-classes", type=positive_int, help="labels lie in [0, this) (default: the data folder's)"
-        )
-    data.add_argument("--num-workers", type=natural_int, default=4, help="loader processes per process")
-
-
-def add_sit_flags(parser):
-    """The transformer, the path and how t is drawn; returns the group."""
-    sit = parser.add_argument_group("SiT")
-    sit.add_argument(
-        "--model",
-        "--models",
-        action=OneSpelling,
-        default="SiT-XL/2",
-        choices=SIT_NAMES,
-        metavar="SiT-{T,S,B,L,XL}/{1,2,4,8}",
-        help="size and patch",
-    )
-    sit.add_argument("--encoder-depth", type=positive_int, default=8, help="block whose tokens are aligned, from 1")
-    on_off(sit, "--qk-norm", False, "LayerNorm on queries and keys")
-    on_off(sit, "--fused-attn", True, "torch's fused attention")
-    sit.add_argument("--cfg-prob", type=unit_float, default=0.1, help="share of labels dropped to the null label")
-    sit.add_argument("--ema-decay", type=unit_float, default=0.9999, help="of SiT's EMA, which sampling uses")
-    sit.add_argument("--path-type", default="linear", choices=["linear", "cosine"], help="data to noise")
-    sit.add_argument("--prediction", default="v", choices=["v"], help="what SiT predicts: the velocity")
-    sit.add_argument("--weighting", default="uniform", choices=["uniform", "lognormal"], help="how t is drawn")
-    return sit
-
-
-def add_alignment_flags(parser):
-    """The frozen encoders and the weight of SiT's alignment with them; returns the group."""
-    align = parser.add_argument_group("alignment")
-    align.add_argument(
-        "--enc-type", type=encoders, default="dinov2-vit-b", help="frozen encoder(s), comma list, timm:NAME, or None"
-    )
-    align.add_argument("--enc-ckpt", type=paths, help="weights file of the encoder (comma list for several)")
-    align.add_argument("--proj-coeff", type=natural_float, default=0.5, help="weight of SiT's alignment loss")
-    return align
-
-
-def add_vae_flags(parser, *, default: str, ckpt: str | None, fresh: bool = False):
-    """Which VAE, one with fresh weights where that can be; returns the group."""
-    vae = parser.add_argument_group("VAE")
-    vae.add_argument(
-        "--vae",
-        default=default,
-        choices=[*VAE_NAMES, "auto"],
-        help="architecture; auto takes it from what --vae-ckpt names",
-    )
-    more = "; none: fresh weights" if fresh else ""
-    vae.add_argument(
-        "--vae-ckpt", type=path, default=ckpt, help=f"file, checkpoint, diffusers folder or hub name{more}"
-    )
-    return vae
-
-
-def add_vae_loss_flags(parser, *learning_rate: str) -> None:
-    """The VAE's losses, its discriminator, and the learning rates of both; the VAE's has these spellings."""
-    loss = parser.add_argument_group("VAE loss")
-    loss.add_argument(
-        "--loss-cfg-path",
-        type=path,
-        default=Shipped("configs/l1_lpips_kl_gan.yaml"),
-        help="weights of the VAE's losses",
-    )
-    loss.add_argument("--lpips-weights", type=path, help="torchvision vgg16 state dict (default: downloaded once)")
-    loss.add_argument("--disc-pretrained-ckpt", type=path, help="discriminator to start from (default: fresh)")
-    loss.add_argument(
-        *learning_rate,
-        action=OneSpelling,
-        dest="vae_learning_rate",
-        type=natural_float,
-        default=1e-4,
-        help="of the VAE's AdamW",
-    )
-    loss.add_argument("--disc-learning-rate", type=natural_float, default=1e-4, help="of the discriminator's AdamW")
-
-
-def add_feature_flags(parser, *, more: str = ""):
-    """The space in which sets of images are compared; returns the group."""
-    space = parser.add_argument_group("feature space")
-    space.add_argument(
-        "--features",
-        type=encoders,
-        default="inception",
-        help=f"inception (FID), dinov2-vit-l (FD-DINOv2), any other --enc-type (FD of its mean token){more}",
-    )
-    space.add_argument(
-        "--inception-weights", type=path, help="torch-fidelity's weights file (default: downloaded once)"
-    )
-    space.add_argument("--enc-ckpt", type=path, help="weights file of another --features network")
-    return space
-
-
-# The scripts
 
 
 def repae_parser() -> ArgumentParser:
@@ -361,11 +195,13 @@ def cache_parser() -> ArgumentParser:
 
 def preprocessing_parser() -> ArgumentParser:
     parser = ArgumentParser(description="A folder of images -> the data folder of the training scripts.")
-    parser.add_argument("--imagenet-path", type=path, required=True, help="any folder tree of JPEG, PNG or WebP images")
+    parser.add_argument("--imagenet-path", type=path, required=True, help="any folder tree of images")
     parser.add_argument("--output-path", type=path, default="data", help="the data folder to write")
     parser.add_argument("--resolution", type=positive_int, default=256, help="images become R x R (ADM centre crop)")
     parser.add_argument("--num-workers", type=positive_int, default=16, help="processes")
-    parser.add_argument("--max-images", type=positive_int, help="stop after so many, in sorted order")
+    parser.add_argument(
+        "--max-images", type=positive_int, help="take so many, spread over the classes: of each the first"
+    )
     parser.add_argument("--on-error", default="skip", choices=["skip", "stop"], help="for an unreadable image")
     on_off(parser, "--exif-orientation", False, "turn images as their EXIF tag says (the public code does not)")
     on_off(parser, "--overwrite", False, "replace an existing data folder")
@@ -375,13 +211,12 @@ def preprocessing_parser() -> ArgumentParser:
 def evaluate_parser() -> ArgumentParser:
     parser = ArgumentParser(description="FID, sFID, IS, precision and recall of samples; or a VAE's reconstructions.")
     samples = parser.add_argument_group("samples against a reference")
-    samples.add_argument("--samples", type=path, help=".npz of generate.py (or any with arr_0), or a folder of images")
-    samples.add_argument(
-        "--reference", type=path, help="ADM reference .npz, a --save-stats file, any .npz, or a folder of images"
-    )
-    samples.add_argument(
-        "--save-stats", type=path, metavar="FILE", help="write the statistics of --reference to this .npz, once"
-    )
+    images = ".npz of generate.py (or any with arr_0), .npy, or a folder of images"
+    samples.add_argument("--samples", type=path, help=images)
+    known = "ADM reference .npz, EDM2 .pkl, a --save-stats file, or images like --samples"
+    samples.add_argument("--reference", type=path, help=known)
+    saved = "write the statistics of --reference to this .npz, once"
+    samples.add_argument("--save-stats", type=path, metavar="FILE", help=saved)
     on_off(samples, "--overwrite", False, "replace an existing --save-stats file")
     add_feature_flags(parser, more=", or none (with --reconstruct)")
     vae = parser.add_argument_group("reconstruction")
@@ -390,12 +225,13 @@ def evaluate_parser() -> ArgumentParser:
         "--vae-ckpt", type=path, nargs="+", metavar="VAE", help="one VAE, or two to compare (before, after)"
     )
     vae.add_argument("--vae", nargs="+", default=["auto"], choices=[*VAE_NAMES, "auto"], help="architecture of each")
-    vae.add_argument("--data-dir", type=path, default="data", help="data folder, or folder or .npz of images")
+    vae.add_argument("--data-dir", type=path, default="data", help="data folder, or images like --samples")
     vae.add_argument("--max-images", type=positive_int, help="take only so many images, evenly spread")
     vae.add_argument("--num-picture", type=natural_int, default=8, help="images of the picture; 0 for none")
     on_off(vae, "--lpips", True, "measure LPIPS")
     vae.add_argument("--lpips-weights", type=path, help="torchvision vgg16 state dict (default: downloaded once)")
     run = parser.add_argument_group("run")
+    run.add_argument("--samples-range", choices=["0,1", "-1,1"], help="black and white in images that are floats")
     run.add_argument("--batch-size", type=positive_int, default=64, help="images at a time per process")
     run.add_argument(
         "--output", type=path, metavar="FILE.json", help="where the numbers go (default: beside what is evaluated)"

@@ -15,6 +15,16 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, **kwargs):
         super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
 
+    def parse_known_args(self, args=None, namespace=None):
+        # A list of numbers that begins with a minus is a value, not a flag: "--flag -1,1" as "--flag=-1,1".
+        joined = []
+        for text in sys.argv[1:] if args is None else args:
+            if joined and joined[-1].startswith("--") and re.fullmatch(r"-[\d.]+(,-?[\d.]+)+", text):
+                joined[-1] += f"={text}"
+            else:
+                joined.append(text)
+        return super().parse_known_args(joined, namespace)
+
     def error(self, message):
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"{self.prog}: error: {message}", file=sys.stderr)

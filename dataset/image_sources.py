@@ -1,9 +1,12 @@
-"""Sets of images to evaluate: an `.npz`, a data folder, or a folder of image files, all read in batches.
+"""Sets of images to evaluate: an `.npz` or `.npy`, a data folder, or a folder of image files, all read in batches.
 
-A source has `len()`, `size` (height, width), `name`, and `read(start, stop)` -> images uint8 (B, 3, H, W). Errors name
-the file; the flag is the caller's to say (`utils.errors.about`).
+A source has `len()`, `size` (height, width), `name`, `read(start, stop)` -> images uint8 (B, 3, H, W), and for whoever
+reports a number `notes`: lines on what it leaves out or changes; `turns`: how many of the images read so far EXIF
+asks to turn; `value_range`: of floats that it reads. Errors name the file; the flag is the caller's to say
+(`utils.errors.about`).
 """
 
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,54 +15,36 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from dataset.data import ImageData
-from dataset.preprocess import SUFFIXES
+from dataset.image_arrays import AHEAD, ImageArray, Range, images_of_array
+from dataset.image_files import asks_for_turn, open_image, refuse_splits, walk_images
 from utils.errors import InputError, renamed
 from utils.images import to_rgb
-from utils.npz import CompressedArray, open_npz, release
-
-AHEAD = 4  # batches read in advance
-
-
-class ImageArray:
-    """Images of an array that may lie on disk: uint8 (N, H, W, 3), or (N, 3, H, W) with `channels_last=False`."""
-
-    def __init__(self, array: np.ndarray | CompressedArray, name: str, *, channels_last: bool = True):
-        self.array, self.name, self.channels_last = array, name, channels_last
-        self.size = tuple(array.shape[1:3] if channels_last else array.shape[2:4])
-        self.threads = 1 if isinstance(array, CompressedArray) else AHEAD  # a compressed stream is read in order
-
-    def __len__(self) -> int:
-        return len(self.array)
-
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        """Images start <= i < stop, uint8 (B, 3, H, W)."""
-        block = np.array(self.array[start:stop])
-        release(self.array)
-        return torch.from_numpy(block).permute(0, 3, 1, 2) if self.channels_last else torch.from_numpy(block)
+from utils.npz import open_npy, open_npz
 
 
 class ImageFolder:
     """All image files below a folder, in sorted order, of one size."""
 
-    threads = AHEAD
+    threads, value_range = AHEAD, None
 
     def __init__(self, folder: Path):
-        self.name = str(folder)
-        names = (file.relative_to(folder) for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
-        self.files = [folder / name for name in sorted(names) if not any(part.startswith(".") for part in name.parts)]
-        if not self.files:
-            raise InputError(f"no image below {folder}; files named {' '.join(SUFFIXES)} are needed")
-        self.size = self._pixels(self.files[0]).shape[:2]
+        tree = walk_images(folder)
+        refuse_splits(tree, labelled=False)
+        self.name, self.files = str(folder), [folder / name for name in tree.files]
+        self.notes = [f"{folder}: left out {tree.left_out_text()}"] if tree.left_out else []
+        self.size = self._read_one(self.files[0])[0].shape[:2]
+        self.turns, self._lock = 0, threading.Lock()
 
     def __len__(self) -> int:
         return len(self.files)
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Images start <= i < stop, uint8 (B, 3, H, W)."""
-        images = [self._pixels(file) for file in self.files[start:stop]]
+        images, turns = zip(*map(self._read_one, self.files[start:stop]), strict=True)
+        with self._lock:
+            self.turns += sum(turns)
         for file, image in zip(self.files[start:stop], images, strict=True):
             if image.shape[:2] != self.size:
                 problem = f"{file} has {_by(image.shape[:2])} pixels, the first image {_by(self.size)}"
@@ -67,19 +52,22 @@ class ImageFolder:
                 raise InputError(f"{problem}; images of one size are needed: {advice}")
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
-    def _pixels(self, file: Path) -> np.ndarray:
+    def _read_one(self, file: Path) -> tuple[np.ndarray, bool]:
+        """uint8 (H, W, 3), and whether EXIF asks for a turn."""
         try:
-            with Image.open(file) as image:
-                return np.asarray(to_rgb(image))
+            with open_image(file) as image:
+                return np.asarray(to_rgb(image)), asks_for_turn(image)
         except Exception as error:  # Pillow's decoders raise what they like
             raise InputError(f"{file} cannot be read as an image ({error})") from error
 
 
-def open_images(path: str | Path) -> ImageArray | ImageFolder:
+def open_images(path: str | Path, value_range: Range | None = None) -> ImageArray | ImageFolder:
     """Open a set of images without reading it.
 
     Args:
-        path: an `.npz` with `arr_0` uint8 (N, H, W, 3), a data folder of preprocessing.py, or a folder of image files.
+        path: an `.npz` with `arr_0`, or an `.npy`, as `images_of_array` takes it; a data folder of preprocessing.py; or
+            a folder of image files.
+        value_range: what black and white are in arrays of floats.
     Raises:
         InputError: missing, damaged, or of another type, shape or range.
     """
@@ -91,22 +79,14 @@ def open_images(path: str | Path) -> ImageArray | ImageFolder:
     if path.is_dir():
         return ImageFolder(path)
     if not path.exists():
-        raise InputError(f"{path} does not exist; an .npz file or a folder of images is needed")
-    return images_of_npz(open_npz(path), path)
-
-
-def images_of_npz(arrays: dict, path: str | Path) -> ImageArray:
-    """The images `arr_0` of an opened `.npz`, checked; errors as of `open_images`."""
-    needed = "arr_0 uint8 (N, H, W, 3) with values 0..255 is needed"
+        raise InputError(f"{path} does not exist; an .npz or .npy file or a folder of images is needed")
+    if path.suffix == ".npy":
+        return images_of_array(open_npy(path), path, "the array", value_range)
+    arrays = open_npz(path)
     if "arr_0" not in arrays:
+        needed = "arr_0 uint8 (N, H, W, 3) with values 0..255 is needed"
         raise InputError(f"{path} has no array 'arr_0' but {', '.join(arrays)}; {needed}")
-    array = arrays["arr_0"]
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3 or 0 in array.shape:
-        raise InputError(f"{path}: arr_0 is {array.dtype} {tuple(array.shape)}; {needed}")
-    source = ImageArray(array, str(path))
-    if source.read(0, min(64, len(source))).max() <= 1:
-        raise InputError(f"{path}: arr_0 holds only 0 and 1 in its first images; {needed}")
-    return source
+    return images_of_array(arrays["arr_0"], path, "arr_0", value_range)
 
 
 def require_size(source: "Source", size: tuple[int, int], whose: str) -> None:
@@ -121,6 +101,7 @@ class Subset:
     def __init__(self, source: "Source", indices: Sequence[int]):
         self.source, self.indices = source, indices
         self.name, self.size, self.threads = source.name, source.size, source.threads
+        self.notes, self.value_range = source.notes, source.value_range
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -128,6 +109,10 @@ class Subset:
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Images start <= i < stop of the subset, uint8 (B, 3, H, W)."""
         return torch.cat([self.source.read(index, index + 1) for index in self.indices[start:stop]])
+
+    @property
+    def turns(self) -> int:
+        return self.source.turns
 
 
 Source = ImageArray | ImageFolder | Subset

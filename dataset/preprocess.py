@@ -1,4 +1,4 @@
-"""A tree of image files -> a data folder: which files, which labels, and their pixels, converted in parallel.
+"""Labelled image files -> a data folder: their pixels, converted in parallel.
 
 Nothing here imports torch, so that worker processes start quickly.
 """
@@ -9,7 +9,6 @@ import json
 import logging
 import multiprocessing
 import os
-import posixpath
 import signal
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,108 +21,15 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
+from dataset.class_labels import LabelledImages, empty_classes
+from dataset.image_files import FORMATS, asks_for_turn, open_image
 from utils.errors import InputError
 from utils.files import require_disk, sync
 from utils.images import centre_crop, to_rgb
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-# What the files may really be, whatever their suffix says. Left out: formats that start other programs (EPS).
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 DATA_FILES = ("images.npy", "labels.npy", "dataset.json")
 
 logger = logging.getLogger(__name__)
-
-
-def list_images(root: Path) -> tuple[list[str], list[int], list[str]]:
-    """The image files below `root`, in sorted order, with their labels.
-
-    Labels come from `root/dataset.json` in StyleGAN form, `{"labels": [[path, index], ...]}` (null: all 0), if it is
-    there; else from the top folder of each file, in sorted order; else, with all files in `root` itself, they are 0.
-    Hidden files and folders are ignored, links are followed.
-
-    Returns:
-        file names relative to `root`, with "/"; their labels; the class names (none unless folders name them).
-    Raises:
-        InputError: no folder, no image, or labels that do not fit the files.
-    """
-    if not root.is_dir():
-        raise InputError(f"--imagenet-path: {root} is not a folder; a folder tree of images is needed")
-    try:
-        files = list(_walk(root, "", ()))
-    except OSError as error:
-        raise InputError(f"--imagenet-path: {error.filename} cannot be read: {error.strerror}") from error
-    if not files:
-        raise InputError(f"--imagenet-path: no image below {root}; files named {' '.join(SUFFIXES)} are needed")
-
-    # Labels by a file.
-    if (root / "dataset.json").exists():
-        labels = _labels_from_json(root / "dataset.json", files)
-        if labels is not None:
-            return files, labels, []
-
-    # None, or by the top folders.
-    loose = [name for name in files if "/" not in name]
-    if len(loose) == len(files):
-        return files, [0] * len(files), []
-    if loose:
-        found = f"{len(loose)} images lie beside the class folders in {root} (first: {loose[0]})"
-        raise InputError(f"--imagenet-path: {found}; either all or none may")
-    class_names = sorted({name.split("/", 1)[0] for name in files})
-    index = {name: i for i, name in enumerate(class_names)}
-    return files, [index[name.split("/", 1)[0]] for name in files], class_names
-
-
-def _walk(root: Path, folder: str, ancestors: tuple) -> Iterator[str]:
-    """Image files below `root / folder`, relative to `root`; `ancestors`: (device, inode) of the folders above."""
-    status = (root / folder).stat()
-    identity = (status.st_dev, status.st_ino)
-    if identity in ancestors:  # a link that leads back up
-        return
-    with os.scandir(root / folder) as scan:
-        entries = sorted(scan, key=lambda entry: entry.name)
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        name = posixpath.join(folder, entry.name)
-        if entry.is_dir():
-            yield from _walk(root, name, (*ancestors, identity))
-        elif entry.name.lower().endswith(SUFFIXES):
-            yield name
-
-
-def _labels_from_json(path: Path, files: list[str]) -> list[int] | None:
-    """Labels of `files`; None if the JSON is not in StyleGAN form."""
-    try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(info, dict) or "labels" not in info:
-        logger.warning("%s has no 'labels' and is ignored; classes are the top folders", path)
-        return None
-    if info["labels"] is None:
-        return [0] * len(files)
-
-    # File name -> label, each entry in form.
-    form = f'{path}: {{"labels": [[path, index], ...]}} with whole numbers >= 0 is needed'
-    labels = {}
-    for entry in info["labels"] if isinstance(info["labels"], list) else [None]:
-        match entry:
-            case [str(name), int(label)] if label >= 0 and not isinstance(label, bool):
-                name = posixpath.normpath(name.replace("\\", "/"))
-                if labels.setdefault(name, label) != label:
-                    raise InputError(f"{path}: {name} has two labels, {labels[name]} and {label}")
-            case _:
-                raise InputError(f"{form}, not {json.dumps(entry)[:80]}")
-
-    # Every image and nothing else.
-    missing = sorted(labels.keys() - set(files))
-    if missing:
-        strangers = f"{len(missing)} files that are no images in {path.parent}"
-        raise InputError(f"{path}: labels {strangers} (first: {missing[0]})")
-    unlabelled = [name for name in files if name not in labels]
-    if unlabelled:
-        raise InputError(f"{path}: {len(unlabelled)} of {len(files)} images have no label (first: {unlabelled[0]})")
-    return [labels[name] for name in files]
 
 
 def read_image(path: Path, resolution: int, exif_orientation: bool = False) -> np.ndarray:
@@ -133,14 +39,18 @@ def read_image(path: Path, resolution: int, exif_orientation: bool = False) -> n
         Exception: of many kinds (Pillow's decoders raise what they like), for a file that is not a whole image, or one
             with more pixels than Pillow thinks safe.
     """
-    with path.open("rb") as file, warnings.catch_warnings():
+    return _read_image(path, resolution, exif_orientation)[0]
+
+
+def _read_image(path: Path, resolution: int, exif_orientation: bool) -> tuple[np.ndarray, bool]:
+    """The pixels of `read_image`, and whether EXIF asks for a turn."""
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # remarks on odd metadata, from every process
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        if os.fstat(file.fileno()).st_size == 0:
-            raise ValueError("empty file")
-        with Image.open(file, formats=FORMATS) as image:
-            image = ImageOps.exif_transpose(image) if exif_orientation else image
-            return np.ascontiguousarray(centre_crop(to_rgb(image), resolution).transpose(2, 0, 1))
+        with open_image(path) as image:
+            upright = ImageOps.exif_transpose(image) if exif_orientation else image
+            pixels = np.ascontiguousarray(centre_crop(to_rgb(upright), resolution).transpose(2, 0, 1))
+            return pixels, asks_for_turn(image)
 
 
 def check_output(output: Path, root: Path, overwrite: bool) -> None:
@@ -159,54 +69,62 @@ def check_output(output: Path, root: Path, overwrite: bool) -> None:
 
 def write_data_folder(
     output: Path,
-    root: Path,
-    files: list[str],
-    labels: list[int],
-    class_names: list[str],
+    images: LabelledImages,
     *,
     resolution: int,
     num_workers: int,
     stop_on_error: bool = False,
     exif_orientation: bool = False,
-) -> list[dict[str, str]]:
-    """Convert `files` into `output`, whose three data files appear when all of them are whole, or not at all.
+) -> dict:
+    """Convert images into `output`, whose three data files appear when all of them are whole, or not at all.
 
     Args:
         output: the data folder; its own files are replaced, others stay.
-        root, files, labels, class_names: from `list_images`.
+        images: from `list_images`.
         resolution: images become R x R.
         num_workers: processes; the result does not depend on it.
         stop_on_error: an unreadable image is an error; else it is left out.
         exif_orientation: turn images as their EXIF tag says.
     Returns:
-        the images left out: [{"file": name, "reason": why}, ...].
+        the contents of dataset.json. Where there is something to say, it has `left_out` (files that are no images, by
+        suffix), `empty_classes` (as `dataset.class_labels.empty_classes`), `exif_turns` (how many images EXIF asks to
+        turn).
     Raises:
         InputError: disk too small, an unreadable image with `stop_on_error`, or no readable one. Nothing is written.
     """
+    root, files = images.tree.root, images.files
     size = len(files) * (3 * resolution**2 + 8) + sum(map(len, files))  # pixels, labels, names
     require_disk(output, size, f"--output-path: {len(files)} images of {resolution} x {resolution}")
     with _appear_together(output) as partial_files:
         # Pixels first: which images can be read decides over everything else.
-        read = partial(read_image, resolution=resolution, exif_orientation=exif_orientation)
-        skipped = _write_images(partial_files["images.npy"], root, files, read, resolution, num_workers, stop_on_error)
+        read = partial(_read_image, resolution=resolution, exif_orientation=exif_orientation)
+        target = partial_files["images.npy"]
+        skipped, turns = _write_images(target, root, files, read, resolution, num_workers, stop_on_error)
         kept = [i for i, name in enumerate(files) if name not in skipped]
         if not kept:
             name, reason = next(iter(skipped.items()))
             raise InputError(f"--imagenet-path: none of {len(files)} images is readable (first: {name}: {reason})")
 
+        labels = [images.labels[i] for i in kept]
         with partial_files["labels.npy"].open("wb") as file:
-            np.save(file, np.array([labels[i] for i in kept], np.int64))
+            np.save(file, np.array(labels, np.int64))
         info = {
             "format": 1,
-            "class_names": class_names,
+            "class_names": images.class_names,
             "resolution": resolution,
             "count": len(kept),
             "exif_orientation": exif_orientation,
             "skipped": [{"file": name, "reason": reason} for name, reason in skipped.items()],
             "sources": [files[i] for i in kept],
         }
+        notes = {
+            "left_out": dict(sorted(images.tree.left_out.items())),
+            "empty_classes": empty_classes(labels, images.num_classes),
+            "exif_turns": turns,
+        }
+        info |= {name: value for name, value in notes.items() if value}
         partial_files["dataset.json"].write_text(json.dumps(info, indent=1) + "\n")
-    return info["skipped"]
+    return info
 
 
 @contextlib.contextmanager
@@ -238,8 +156,8 @@ def _appear_together(output: Path) -> Iterator[dict[str, Path]]:
 
 def _write_images(
     path: Path, root: Path, files: list[str], read: Callable, resolution: int, num_workers: int, stop_on_error: bool
-) -> dict[str, str]:
-    """Write images.npy without holes; return name -> reason of the unreadable ones, in order."""
+) -> tuple[dict[str, str], int]:
+    """Write images.npy without holes; return name -> reason of the unreadable ones, in order, and turns asked for."""
     # Room for all files: which of them are images is known at the end, and then the file is cut.
     header, row_bytes = _npy_header(len(files), resolution), 3 * resolution**2
     with path.open("wb") as file:
@@ -250,13 +168,14 @@ def _write_images(
     chunks = [files[first : first + chunk_size] for first in range(0, len(files), chunk_size)]
 
     convert = partial(_convert_chunk, root=root, read=read, target=path, offset=len(header))
-    skipped = {}
+    skipped, turns = {}, 0
     with _process_pool(num_workers, tasks=len(chunks)) as pool:
         with _interrupts_held_back():  # processes inherit it: they end the chunks they are at when this one is stopped
             results = pool.map(convert, range(len(chunks)), chunks)
         with tqdm(total=len(files), unit="image", desc="preprocessing", disable=None) as progress:
-            for chunk, failures in zip(chunks, results, strict=True):
+            for chunk, (failures, asked) in zip(chunks, results, strict=True):
                 skipped.update(failures)
+                turns += asked
                 if failures and stop_on_error:
                     name, reason = failures[0]
                     raise InputError(f"--on-error stop: {root / name}: {reason}")
@@ -266,7 +185,7 @@ def _write_images(
     with path.open("r+b") as file:
         file.write(_npy_header(count, resolution))
         file.truncate(len(header) + count * row_bytes)
-    return skipped
+    return skipped, turns
 
 
 def _npy_header(count: int, resolution: int) -> bytes:
@@ -332,12 +251,18 @@ def _start_worker(turns: _Turns) -> None:
 
 def _convert_chunk(
     chunk: int, names: list[str], *, root: Path, read: Callable, target: Path, offset: int
-) -> list[tuple[str, str]]:
-    """Write the readable images of chunk number `chunk` to their rows; return (name, reason) of the others."""
-    images, failures = [], []
+) -> tuple[list[tuple[str, str]], int]:
+    """Write the readable images of chunk number `chunk` to their rows.
+
+    Returns:
+        (name, reason) of the others; how many of the readable ones EXIF asks to turn.
+    """
+    images, failures, turns = [], [], 0
     for name in names:
         try:
-            images.append(read(root / name))
+            pixels, turn = read(root / name)
+            images.append(pixels)
+            turns += turn
         except Exception as error:  # damaged files make decoders raise OSError, SyntaxError, zlib.error, ...
             failures.append((name, _reason(error)))
 
@@ -346,7 +271,7 @@ def _convert_chunk(
         with target.open("r+b") as file:
             file.seek(offset + first * images[0].nbytes)
             file.write(np.stack(images))
-    return failures
+    return failures, turns
 
 
 def _reason(error: Exception) -> str:

@@ -10,7 +10,7 @@ Every process of the process group, if there is one, must call `result` (and `ex
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,14 @@ from tqdm import tqdm
 
 from dataset.image_sources import read_batches
 from evaluation.features import exact_float32
-from evaluation.metrics import Statistics, frechet_distance, inception_score, precision_recall
+from evaluation.metrics import Statistics, frechet_distance, inception_score, kernel_distance, precision_recall
 from utils.distributed import all_sum, from_main, gather_rows, main_first, rank, together, world_size
 from utils.errors import InputError
 
 logger = logging.getLogger(__name__)
 
 NEIGHBOUR = 3  # k of precision and recall
+KERNEL_SUBSET = 1000  # images of a subset of the kernel distance
 NOTHING = torch.empty(0, dtype=torch.int64)  # keep no feature
 FEATURE_BLOCK = 5000  # rows; also the block of the Inception Score
 
@@ -36,13 +37,15 @@ class FeatureSet:
     Attributes:
         count: images behind the moments; None where a file does not say.
         pool, spatial: moments in either space; `spatial` is None in spaces that have no spatial features.
-        features: pooled features float32 (M, D) of the images kept, in their order; None: no precision and recall.
+        features: pooled features float32 (M, D) of the images kept, in their order; None: no precision, recall, KID.
+        notes: lines on what a number from this set is not; for the record.
     """
 
     count: int | None
     pool: tuple[Tensor, Tensor]
     spatial: tuple[Tensor, Tensor] | None
     features: Tensor | None
+    notes: tuple[str, ...] = ()
 
 
 class FeatureStream:
@@ -134,14 +137,24 @@ def extract(
     keep: Tensor | None = None,
     description: str = "features",
 ) -> FeatureSet:
-    """The feature set of a source of images (`dataset.image_sources`), extracted by all processes together."""
+    """The feature set of a source of images (`dataset.image_sources`), extracted by all processes together.
+
+    What the source leaves out or changes is said first; how many images EXIF asks to turn, when all are read.
+    """
+    notes = list(source.notes)
+    say(*notes)
     stream = FeatureStream(network, device, batch_size=batch_size, keep=keep)
     bar = tqdm(total=len(source), desc=description, unit="image", disable=rank() > 0)
     with together(), bar:
         for indices, images in read_batches(source, batch_size, rank=rank(), world_size=world_size()):
             stream.add(images, indices)
             bar.update(min(len(source) - bar.n, batch_size * world_size()))
-    return stream.finish()
+    turns = torch.tensor(float(source.turns))
+    all_sum(turns)
+    if turns:
+        notes.append(f"{source.name}: {int(turns)} images ask by EXIF to be turned; they were read as they lie")
+        say(notes[-1])
+    return replace(stream.finish(), notes=tuple(notes))
 
 
 class Evaluator:
@@ -165,16 +178,19 @@ def compare(samples: FeatureSet, reference: FeatureSet, network: nn.Module, devi
 
     Returns:
         In Inception's space fid, sfid, inception_score, inception_score_std, precision, recall, precision_adm,
-        recall_adm (as ADM's suite rounds them); in any other fd_<label>, precision_<label>, recall_<label>. What the
-        reference cannot give (no images, no spatial moments) is left out.
+        recall_adm (as ADM's suite rounds them), kid, kid_std; in any other fd_<label>, precision_<label>,
+        recall_<label>, kd_<label>, kd_std_<label>. What the reference cannot give (no images, no spatial moments) is
+        left out. kid_subset_size, where the sets are too small for subsets of 1000.
     Raises:
         InputError: too few images for the k-th neighbour.
     """
     # Names: FID and its kin belong to Inception's space; elsewhere a number carries the label of its space.
     inception = network.label == "inception"
     suffix = "" if inception else f"_{network.label}"
-    warn_if_few("samples", samples.count, network.dim)
-    warn_if_few("reference", reference.count, network.dim)
+    kernel = "kid" if inception else "kd"
+    advice = "" if reference.features is None else f", or take {kernel}{suffix}, which has no such bias"
+    warn_if_few("samples", samples.count, network.dim, advice)
+    warn_if_few("reference", reference.count, network.dim, advice)
 
     # From moments and from Inception's classifier: on rank 0, which has them all.
     results = {}
@@ -191,6 +207,11 @@ def compare(samples: FeatureSet, reference: FeatureSet, network: nn.Module, devi
             names = (f"precision{form}{suffix}", f"recall{form}{suffix}")
             values = _precision_recall(reference.features, samples.features, device, half)
             results |= zip(names, values, strict=True)
+        names = (f"{kernel}{suffix}", f"{kernel}_std{suffix}")
+        size = kernel_subset_size(len(reference.features), len(samples.features))
+        results |= zip(names, _kernel_distance(reference.features, samples.features, device, size), strict=True)
+        if size < KERNEL_SUBSET:
+            results[f"{kernel}_subset_size"] = size
     return from_main(results)
 
 
@@ -210,15 +231,33 @@ def _precision_recall(real: Tensor, fake: Tensor, device: torch.device, half: bo
         return precision_recall(real.to(device), fake.to(device), neighbour=NEIGHBOUR, half=half, **processes)
 
 
+def kernel_subset_size(count_1: int, count_2: int) -> int:
+    """1000, or half of the smaller set: subsets that are nearly the whole of it would hardly deviate."""
+    return min(KERNEL_SUBSET, min(count_1, count_2) // 2)
+
+
+def _kernel_distance(real: Tensor, fake: Tensor, device: torch.device, subset_size: int) -> tuple[float, float]:
+    processes = {"rank": rank(), "world_size": world_size(), "all_reduce": all_sum}
+    with exact_float32(device):
+        return kernel_distance(real.to(device), fake.to(device), subset_size=subset_size, **processes)
+
+
 def require_neighbours(what: str, count: int) -> None:
     """Refuse fewer images than the k-th neighbour needs."""
     if count <= NEIGHBOUR:
         raise InputError(f"{what}: {count} images were given; precision and recall need more than {NEIGHBOUR}")
 
 
-def warn_if_few(what: str, count: int | None, dim: int) -> None:
+def warn_if_few(what: str, count: int | None, dim: int, more_advice: str = "") -> None:
     """Say, on rank 0, that a Frechet distance from so few images is biased."""
-    if count is not None and count <= dim and rank() == 0:
+    if count is not None and count <= dim:
         problem = "the covariance is singular, and the distance far larger than from many images"
         advice = "compare it only with distances from equally many"
-        logger.warning("%s: %d images for %d dimensions: %s; %s", what, count, dim, problem, advice)
+        say(f"{what}: {count} images for {dim} dimensions: {problem}; {advice}{more_advice}")
+
+
+def say(*messages: str) -> None:
+    """On rank 0 alone."""
+    if rank() == 0:
+        for message in messages:
+            logger.warning("%s", message)

@@ -43,6 +43,7 @@ def online_evaluation(args, run) -> "OnlineEvaluation | None":
             network = load_features(args.eval_features, size, weights=args.eval_weights).to(run.device)
         with about("--eval-reference"):
             reference = read_reference(args.eval_reference, network, size, run.device)
+    run.notes += reference.notes  # for the log, which is not open yet
     sampler = SamplerConfig(path_type=args.path_type)  # its defaults: 50 Euler steps, no guidance
     # As generate.py draws them: from the classes that the run sees.
     labels = LabelScheme("random", seen_classes(vars(args), args.num_classes), args.seed)

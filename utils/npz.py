@@ -1,4 +1,4 @@
-"""`.npz` files too large for memory: read in place, written as a stream, never unpickled.
+"""`.npz` and `.npy` files too large for memory: read in place, written as a stream, never unpickled.
 
 An `.npz` is a zip of `.npy` members. `numpy.savez` stores them uncompressed, so that a member can be mapped straight
 out of the archive; a compressed member is read as a stream instead. The format of ADM's evaluation suite is one member,
@@ -76,6 +76,18 @@ def open_npz(path: str | Path) -> dict[str, np.ndarray | CompressedArray]:
     if not arrays:
         raise InputError(f"{path}: an .npz without arrays")
     return arrays
+
+
+def open_npy(path: str | Path) -> np.ndarray:
+    """The array of an `.npy`, as a read-only memory map.
+
+    Raises:
+        InputError: no such array, a truncated one, or pickled objects.
+    """
+    try:
+        return np.lib.format.open_memmap(path, mode="r")
+    except _BROKEN as error:
+        raise InputError(f"{path} is not a readable .npy array ({error})") from error
 
 
 def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray | CompressedArray:

@@ -193,3 +193,11 @@ def test_a_number_out_of_range_is_refused(capsys):
         with pytest.raises(SystemExit):
             arguments.repae_parser().parse_args(["--exp-name", "x", flag, value])
         assert f"{flag}: '{value}' was given" in capsys.readouterr().err
+
+
+def test_a_list_of_numbers_may_begin_with_a_minus():
+    parse = arguments.evaluate_parser().parse_args
+    assert parse(["--samples-range", "-1,1", "--samples", "1.npz"]).samples_range == "-1,1"
+    assert parse(["--samples-range=-1,1"]).samples_range == "-1,1"
+    with pytest.raises(SystemExit):
+        parse(["--samples", "a.npz", "-1,1"])

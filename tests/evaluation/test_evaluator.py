@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from evaluation.evaluator import Evaluator, FeatureStream, compare
-from evaluation.metrics import frechet_distance, inception_score, precision_recall
+from evaluation.evaluator import Evaluator, FeatureStream, compare, kernel_subset_size
+from evaluation.metrics import frechet_distance, inception_score, kernel_distance, precision_recall
 from tests.support.evaluation_data import TinyInception, as_images, feature_set, random_images
 from utils.errors import InputError
 
@@ -35,6 +35,7 @@ def test_evaluator_gives_the_metrics_of_all_samples(real, fake):
     score = inception_score(network.probabilities(pool_f))
     precision, recall = precision_recall(pool_r, pool_f)
     precision_adm, recall_adm = precision_recall(pool_r, pool_f, half=True)
+    kernel = kernel_distance(pool_r, pool_f, subset_size=50)
     expected = {
         "fid": frechet_distance(*moments[0], *moments[1]),
         "sfid": frechet_distance(*moments[2], *moments[3]),
@@ -44,6 +45,9 @@ def test_evaluator_gives_the_metrics_of_all_samples(real, fake):
         "recall": recall,
         "precision_adm": precision_adm,
         "recall_adm": recall_adm,
+        "kid": kernel[0],
+        "kid_std": kernel[1],
+        "kid_subset_size": 50,
     }
     assert list(found) == list(expected)
     assert found == pytest.approx(expected, rel=1e-5)
@@ -100,11 +104,17 @@ def test_features_that_are_not_finite_are_refused(real):
         feature_set(real, network)
 
 
+def test_subsets_of_the_kernel_distance_are_never_a_whole_set():
+    sizes = {(50000, 10000): 1000, (2000, 50000): 1000, (1999, 50000): 999, (1000, 1000): 500, (4, 10): 2}
+    assert all(kernel_subset_size(*counts) == size for counts, size in sizes.items())
+
+
 def test_few_images_are_warned_about_or_refused(real, caplog):
     network = TinyInception()
     few = feature_set(real[:6], network)
     compare(few, few, network, CPU)
     assert "samples: 6 images for 6 dimensions: the covariance is singular" in caplog.text
+    assert "or take kid, which has no such bias" in caplog.text
     with pytest.raises(InputError, match="the samples: 3 images were given; precision and recall need more than 3"):
         compare(feature_set(real[:3], network), few, network, CPU)
     with pytest.raises(InputError, match="1 images were given"):

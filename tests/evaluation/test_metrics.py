@@ -11,7 +11,15 @@ import scipy.linalg
 import torch
 
 from evaluation import metrics
-from evaluation.metrics import Statistics, frechet_distance, inception_score, precision_recall, psnr, ssim
+from evaluation.metrics import (
+    Statistics,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+    psnr,
+    ssim,
+)
 from tests.support.golden_data import GOLDEN, load
 
 ARRAYS, _ = load("evaluation/metrics")
@@ -267,3 +275,52 @@ def test_ssim_is_its_definition():
         expected.append(np.mean(values))
     np.testing.assert_allclose(ssim(x, y), expected, rtol=1e-10)
     np.testing.assert_allclose(ssim(x, x), 1, rtol=1e-12)
+
+
+# Kernel distance
+
+
+def test_kernel_distance_is_torch_fidelitys():
+    from torch_fidelity.defaults import DEFAULTS
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(90, 16, generator=generator)
+    y = torch.rand(70, 16, generator=generator) * 1.1
+    options = DEFAULTS | {"kid_subset_size": 40, "verbose": False}
+    theirs = kid_features_to_metric(x.double(), y.double(), **options)
+    mean, deviation = kernel_distance(x, y, subset_size=40)
+    assert mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-9)
+    assert deviation == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-9)
+    assert mean > 3 * deviation / 10  # of 100 pairs: they are told apart
+
+
+def test_kernel_distance_has_no_bias_from_few_images():
+    """Two sets of one distribution: 0 on average, for any size, where the Frechet distance grows."""
+    generator = torch.Generator().manual_seed(1)
+    values = [
+        kernel_distance(*torch.randn(2, 12, 8, generator=generator), subset_size=12, subsets=1)[0] for _ in range(400)
+    ]
+    values = torch.tensor(values, dtype=torch.float64)
+    assert abs(values.mean()) < 3 * values.std() / 20
+
+
+def test_kernel_distance_by_hand():
+    """(x.y / D + 1)^3 over the pairs of two sets of two points, all of them in the one subset there is."""
+    x, y = torch.tensor([[1.0, 0], [0, 1]]), torch.tensor([[2.0, 0], [2, 2]])
+    within_x, within_y = 1.0, 27.0  # x1.x2 = 0; y1.y2 = 4
+    between = (2.0**3 + 2.0**3 + 1.0**3 + 2.0**3) / 4  # x1.y1 = 2, x1.y2 = 2, x2.y1 = 0, x2.y2 = 2
+    expected = within_x + within_y - 2 * between
+    assert kernel_distance(x, y, subset_size=2, subsets=3) == pytest.approx((expected, 0.0))
+
+
+def test_kernel_distance_is_shared_out_to_processes():
+    x, y = torch.randn(2, 30, 4, generator=torch.Generator().manual_seed(2))
+    whole = kernel_distance(x, y, subset_size=10, subsets=7)
+    parts = []
+    for rank in range(3):
+        kernel_distance(
+            x, y, subset_size=10, subsets=7, rank=rank, world_size=3, all_reduce=lambda v: parts.append(v.clone())
+        )
+    values = sum(parts)
+    assert (values.mean().item(), values.std(correction=0).item()) == pytest.approx(whole, rel=1e-12)

@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -28,11 +29,21 @@ def test_a_curve_that_does_not_disturb_the_run(kind, place, tmp_path):
     assert [row.pop("step") for row in rows] == [2, 4]
     for row in rows:
         (distance,) = (value for name, value in row.items() if name.startswith("fd_"))
-        assert distance > 0 and all(0 <= value <= 1 for name, value in row.items() if not name.startswith("fd_"))
+        assert distance > 0 and all(
+            0 <= value <= 1 for name, value in row.items() if not name.startswith(("fd_", "kd_"))
+        )
     assert rows[0] != rows[1]
     assert small.metrics(tmp_path, "with") == small.metrics(tmp_path, "without")
     states = [small.checkpoint(tmp_path, name, 4)["model"] for name in ("with", "without")]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_what_the_reference_is_not_is_in_the_log(place, tmp_path):
+    np.savez(tmp_path / "grey.npz", arr_0=np.load(place.data / "images.npy")[:, 0])
+    online = dict(eval_steps=4, eval_reference=tmp_path / "grey.npz", eval_samples=10, eval_features=place.encoder)
+    train_ldm_only.main(small.ldm_options(place, tmp_path, "run", **online))
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert log.count(f"{tmp_path / 'grey.npz'}: grey images (20, 24, 24) are read as RGB") == 1
 
 
 def test_an_evaluation_that_was_cut_off_is_made_up_for(place, tmp_path):

@@ -218,7 +218,7 @@ def test_what_one_process_alone_meets_is_said_by_it_and_ends_all(two):
 @pytest.mark.parametrize("count", [90, 15])
 def test_metrics_are_those_of_one_process(count, two):
     expected = evaluate_images(count)
-    assert len(expected) == 8 and expected["fid"] > 0 and expected["sfid"] > 0
+    assert len(expected) == 11 and expected["fid"] > 0 and expected["sfid"] > 0
     for process in two[1:]:
         assert process["evaluation"][count] == pytest.approx(expected, rel=1e-6)
 

@@ -45,18 +45,21 @@ def space(place: Path) -> list[str]:
 
 
 def numbers(path: Path) -> dict:
-    contents = json.loads(path.read_text())
-    names = ("fd_", "fid", "sfid", "inception_s", "prec", "rec")
+    return numbers_of(json.loads(path.read_text()))
+
+
+def numbers_of(contents: dict) -> dict:
+    names = ("fd_", "fid", "sfid", "inception_s", "prec", "rec", "kd_enc", "kd_std", "kid")
     return {key: value for key, value in contents.items() if key.startswith(names)}
 
 
 def test_the_numbers_are_printed_and_written(place, capsys):
     run("--samples", place / "samples.npz", "--reference", place / "real.npz", *space(place))
     found = numbers(place / "samples-vs-real-encoder-mean-tokens.json")
-    assert list(found) == [f"{name}_encoder-mean-tokens" for name in ("fd", "precision", "recall")]
+    assert list(found) == [f"{name}_encoder-mean-tokens" for name in ("fd", "precision", "recall", "kd", "kd_std")]
     network = load_features(space(place)[1], (16, 16))
     sets = [feature_set(np.load(place / name)["arr_0"], network) for name in ("samples.npz", "real.npz")]
-    assert found == pytest.approx(compare(*sets, network, CPU), rel=1e-9)
+    assert found | {"kd_subset_size": 20} == pytest.approx(compare(*sets, network, CPU), rel=1e-9)
     printed = capsys.readouterr().out
     assert all(f"{value:.6g}" in printed for value in found.values())
 
@@ -90,7 +93,56 @@ def test_inception_gives_the_metrics_of_its_features(place):
     fid = (pool[0].double().mean(0) - pool[1].double().mean(0)).square().sum() + traces - 2 * root
     assert found["fid"] == pytest.approx(fid.item(), rel=1e-6)
     assert found["inception_score"] == pytest.approx(inception_score(network.probabilities(pool[0]))[0], rel=1e-6)
-    assert len(found) == 8
+    assert len(found) == 11 and found["kid_subset_size"] == 3
+
+
+def measured(place: Path, samples, *more) -> dict:
+    sets = small.argv(samples=samples, reference=place / "real.npz", output=place / "measured.json")
+    run(*sets, *space(place), *more)
+    return json.loads((place / "measured.json").read_text())
+
+
+def test_every_form_of_a_set_gives_its_numbers(place):
+    images = np.load(place / "samples.npz")["arr_0"]
+    expected = numbers_of(measured(place, place / "samples.npz"))
+    np.save(place / "set.npy", images)
+    assert numbers_of(measured(place, place / "set.npy")) == expected
+    for name, (array, given) in {
+        "unit.npz": ((images / 255).astype(np.float32), "0,1"),
+        "signed.npz": (images / 127.5 - 1, "-1,1"),
+    }.items():
+        np.savez(place / name, arr_0=array)
+        found = measured(place, place / name, "--samples-range", given)
+        assert numbers_of(found) == expected
+        assert found["notes"] == [
+            f"{place / name}: {array.dtype} values from {given[:-2]} to 1 are rounded to levels 0..255"
+        ]
+
+
+def test_linked_folders_are_read_and_what_is_left_out_is_recorded(place, capsys, caplog):
+    images = np.load(place / "samples.npz")["arr_0"]
+    for i, image in enumerate(images):
+        folder = place / ("elsewhere" if i % 2 else "tree") / "class"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{i:02}.{'bmp' if i % 3 else 'tif'}")
+    (place / "tree" / "linked").symlink_to(place / "elsewhere" / "class")
+    (place / "tree" / "class" / "notes.txt").write_text("no image")
+    found = measured(place, place / "tree")
+    assert found["count"] == 40 and found["fd_encoder-mean-tokens"] == pytest.approx(
+        measured(place, place / "samples.npz")["fd_encoder-mean-tokens"], rel=1e-9
+    )
+    assert found["notes"] == [f"{place / 'tree'}: left out 1 .txt"] and found["notes"][0] in caplog.text
+
+
+def test_images_that_exif_asks_to_turn_are_counted(place, caplog):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    (place / "turned").mkdir()
+    for i, image in enumerate(np.load(place / "samples.npz")["arr_0"]):
+        options = {"exif": exif} if i < 7 else {}
+        Image.fromarray(image).save(place / "turned" / f"{i}.png", **options)
+    said = f"{place / 'turned'}: 7 images ask by EXIF to be turned; they were read as they lie"
+    assert measured(place, place / "turned")["notes"] == [said] and said in caplog.text
 
 
 def bad(place: Path, name: str, array: np.ndarray) -> str:
@@ -101,9 +153,13 @@ def bad(place: Path, name: str, array: np.ndarray) -> str:
 IMAGES = np.full((8, 16, 16, 3), 128, np.uint8)
 BAD_SAMPLES = {
     "missing": (None, "none.npz does not exist"),
-    "float": (IMAGES / 255.0, "arr_0 is float64 (8, 16, 16, 3)"),
+    "float": (IMAGES / 255.0, "arr_0 is float64 (8, 16, 16, 3); "),
+    "float, unsaid": (IMAGES / 255.0, "or floats and evaluate.py's --samples-range 0,1 or -1,1"),
     "channels first": (IMAGES.transpose(0, 3, 1, 2), "arr_0 is uint8 (8, 3, 16, 16)"),
-    "grey": (IMAGES[..., 0], "arr_0 is uint8 (8, 16, 16)"),
+    "one image": (IMAGES[0], "arr_0 is uint8 (16, 16, 3)"),
+    "alpha": (IMAGES[..., [0, 0, 0, 0]], "arr_0 is uint8 (8, 16, 16, 4)"),
+    "16 bit": (IMAGES.astype(np.uint16), "arr_0 is uint16 (8, 16, 16, 3)"),
+    "bool": (IMAGES > 0, "arr_0 is bool (8, 16, 16, 3)"),
     "empty": (IMAGES[:0], "arr_0 is uint8 (0, 16, 16, 3)"),
     "range": (IMAGES // 128, "holds only 0 and 1"),
     "pickled": (np.array([{}], dtype=object), "pickled objects, which are never loaded"),
@@ -145,6 +201,8 @@ WRONG_FLAGS = [
     ([*GOOD, "--inception-weights", "x.pth"], "--inception-weights: x.pth does not exist; weights-inception"),
     ([*GOOD, "--max-images", "10"], "--max-images: 10 was given; it goes with --reconstruct"),
     ([*GOOD, "--no-lpips"], "--lpips: False was given; it goes with --reconstruct"),
+    ([*GOOD, "--samples-range", "-1,1"], "--samples-range: -1,1 was given, but no images are floats"),
+    ([*GOOD, "--samples-range", "0,255"], "--samples-range: invalid choice: '0,255'"),
     ([*GOOD, "--output", "x.png"], "--output: x.png was given; a name that ends with .json is needed"),
     ([*GOOD, "--output", "{}/real.npz/x.json"], "--output: {}/real.npz is no folder that can be written"),
     ([*GOOD, "--save-stats", "x"], "--save-stats: x was given; a name that ends with .npz is needed"),

@@ -224,6 +224,8 @@ def test_evaluation_gives_what_evaluate_py_gives(exps, whole, elsewhere, tmp_pat
     for record in (two, resumed.record):
         found = dict(record["evaluation"])
         assert found.pop("reference") == str(measured["evaluate"]) and found.pop("features") == "vit-mean-tokens"
-        assert found.keys() == {"fd_vit-mean-tokens", "precision_vit-mean-tokens", "recall_vit-mean-tokens"}
+        assert found.pop("notes") == []
+        names = {f"{name}_vit-mean-tokens" for name in ("fd", "precision", "recall", "kd", "kd_std")}
+        assert found.keys() == names | {"kd_subset_size"}
         assert found == pytest.approx({name: expected[name] for name in found}, rel=1e-6)
     assert found["fd_vit-mean-tokens"] > 0 and f"{found['fd_vit-mean-tokens']:.6g}" in printed

@@ -88,18 +88,46 @@ def test_classes_are_the_top_folders(tree, tmp_path, capsys):
         "exif_orientation": False,
         "skipped": [],
         "sources": FILES,
+        "left_out": {".txt": 1, "hidden": 2},
     }
     assert data.labels.tolist() == [0, 0, 1, 2, 2] and data.labels.dtype == np.int64
     assert data.images.shape == (5, 3, 16, 16) and data.images.dtype == np.uint8 and data.images.flags.c_contiguous
     for image, name in zip(data.images, FILES, strict=True):
         np.testing.assert_array_equal(image, preprocess.read_image(tree / name, 16))
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["dataset.json", "images.npy", "labels.npy"]
-    assert "5 images of 16 x 16, 3 classes, 0 skipped" in capsys.readouterr().out
+    said = "5 images of 16 x 16, 3 classes, 0 skipped, 2 hidden, 1 .txt left out, "
+    assert said in capsys.readouterr().out
 
 
-def test_max_images_keeps_the_classes(tree, tmp_path):
-    data, info = run(tree, tmp_path / "out", "--max-images", 3)
-    assert info["sources"] == FILES[:3] and data.labels.tolist() == [0, 0, 1] and len(info["class_names"]) == 3
+def test_max_images_spreads_over_the_classes(tree, tmp_path, capsys):
+    data, info = run(tree, tmp_path / "three", "--max-images", 3)
+    assert info["sources"] == [FILES[i] for i in (0, 2, 3)] and data.labels.tolist() == [0, 1, 2]
+    data, info = run(tree, tmp_path / "four", "--max-images", 4)
+    assert info["sources"] == [FILES[i] for i in (0, 1, 2, 3)]
+    assert "empty_classes" not in info and "have no image" not in capsys.readouterr().err
+
+    _, info = run(tree, tmp_path / "two", "--max-images", 2)
+    assert info["empty_classes"] == {"count": 1, "first": [2]} and len(info["class_names"]) == 3
+    printed = capsys.readouterr()
+    assert "1 of 3 classes have no image in" in printed.err and printed.err.endswith(": b\n")
+
+
+def test_a_class_without_a_readable_image_keeps_its_label_and_is_named(tree, tmp_path, capsys):
+    for name in ("a-b/x.png", "a-b/y.png"):
+        (tree / name).write_bytes(b"")
+    data, info = run(tree, tmp_path / "out")
+    assert data.labels.tolist() == [0, 0, 2, 2] and info["class_names"] == ["a", "a-b", "b"]
+    assert info["empty_classes"] == {"count": 1, "first": [1]}
+    assert f"1 of 3 classes have no image in {tmp_path / 'out'}: a-b\n" in capsys.readouterr().err
+
+
+def test_every_suffix_that_pillow_opens_is_read(tmp_path):
+    for i, (suffix, form) in enumerate(
+        {"jfif": "JPEG", "jpe": "JPEG", "bmp": "BMP", "TIF": "TIFF", "gif": "GIF", "avif": "AVIF", "ppm": "PPM"}.items()
+    ):
+        save(tmp_path / "in" / f"{i}" / f"x.{suffix}", format=form)
+    data, info = run(tmp_path / "in", tmp_path / "out")
+    assert data.labels.tolist() == list(range(7)) and not info["skipped"] and "left_out" not in info
 
 
 def test_links_are_followed_and_loops_end(tree, tmp_path):
@@ -183,16 +211,22 @@ def test_files_of_every_mode_show_the_same_picture(tmp_path):
         assert difference.max() <= (12 if kind.endswith("~") else 0), source
 
 
-def test_exif_orientation_only_when_asked_for(tmp_path):
+def test_exif_orientation_only_when_asked_for(tmp_path, capsys):
     pixels = synth_image(16, 16, 0)
     exif = Image.Exif()
     exif[0x0112] = 6  # "rotate by 90 degrees clockwise to see it upright"
     save(tmp_path / "in" / "0.png", pixels, exif=exif)
+    exif[0x0112] = 1
+    save(tmp_path / "in" / "1.jpg", pixels, exif=exif)
+    save(tmp_path / "in" / "2.jpg", pixels, exif=b"Exif\x00\x00II*\x00damaged")
     plain, info = run(tmp_path / "in", tmp_path / "plain")
     np.testing.assert_array_equal(plain.images[0].transpose(1, 2, 0), pixels)
     turned, turned_info = run(tmp_path / "in", tmp_path / "turned", "--exif-orientation")
     np.testing.assert_array_equal(turned.images[0].transpose(1, 2, 0), np.rot90(pixels, -1))
     assert (info["exif_orientation"], turned_info["exif_orientation"]) == (False, True)
+    assert (info["exif_turns"], turned_info["exif_turns"]) == (1, 1)
+    said = "1 images ask by EXIF to be turned: they stay as they lie (--exif-orientation turns them)"
+    assert capsys.readouterr().err.count(said) == 1  # of the first run
     assert plain.fingerprint != turned.fingerprint
 
 
@@ -211,6 +245,13 @@ def test_stylegan_labels_override_the_folders(tree, tmp_path):
     assert not run(tree, tmp_path / "unlabelled")[0].labels.any()
 
 
+def test_labels_that_do_not_start_at_0_are_said_and_recorded(tree, tmp_path, caplog):
+    write_labels(tree, [[name, 1 + 2 * (i % 2)] for i, name in enumerate(FILES)])
+    data, info = run(tree, tmp_path / "out")
+    assert data.labels.tolist() == [1, 3, 1, 3, 1] and info["empty_classes"] == {"count": 2, "first": [0, 2]}
+    assert "dataset.json: labels run from 1 to 3, and no image has 0, 2 (empty classes: 2)" in caplog.text
+
+
 @pytest.mark.parametrize("content", ['{"author": "me"}', "[]"])
 def test_a_dataset_json_of_another_kind_is_ignored_aloud(tree, tmp_path, caplog, content):
     (tree / "dataset.json").write_text(content)
@@ -226,6 +267,7 @@ def test_a_dataset_json_of_another_kind_is_ignored_aloud(tree, tmp_path, caplog,
         ('{"labels": [["a/z.png", 0.5]]}', 'is needed, not ["a/z.png", 0.5]'),
         ('{"labels": [["a/z.png", -1]]}', "whole numbers >= 0 is needed"),
         ('{"labels": [["a/z.png", true]]}', "whole numbers >= 0 is needed"),
+        ('{"labels": [["a/z.png", 9223372036854775808]]}', "whole numbers >= 0 is needed"),
         ('{"labels": {"a/z.png": 0}}', '{"labels": [[path, index], ...]}'),
         ('{"labels": [["a/z.png", 1], ["a/./z.png", 2]]}', "a/z.png has two labels, 1 and 2"),
         ('{"labels": ', "cannot be read as JSON"),
@@ -242,8 +284,9 @@ def test_labels_that_do_not_fit_are_refused(tree, refused, content, words):
 def test_folders_that_cannot_be_meant_are_refused(tmp_path, tree, refused):
     assert f"--imagenet-path: {tmp_path / 'no'} is not a folder" in refused(tmp_path / "no")
     (tmp_path / "bare").mkdir()
-    (tmp_path / "bare" / "a.gif").write_bytes(b"GIF89a")
-    assert "no image below" in refused(tmp_path / "bare")
+    (tmp_path / "bare" / "a.heic").write_bytes(b"heic")
+    line = refused(tmp_path / "bare")
+    assert f"--imagenet-path: no image below {tmp_path / 'bare'} (found: 1 .heic); files named .apng .avif" in line
     assert "is the folder of the images" in refused(tree, output=tree)
     assert "is a file; a folder is needed" in refused(tree, output=tree / "notes.txt")
     save(tree / "loose.png")
