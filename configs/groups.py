@@ -1,4 +1,4 @@
-"""Groups of flags that several scripts share; where a function returns its group, a script adds flags of its own to it."""
+"""Groups of flags that several scripts share; where a function returns its group, a script adds its own flags to it."""
 
 from configs.parsing import (
     OneSpelling,
