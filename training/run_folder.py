@@ -90,9 +90,11 @@ def changed_flags(
     notes = []
     for key, value in changed.items():
         flag = f"--{key.replace('_', '-')}"
-        if key in from_checkpoint:
+        if key in from_checkpoint and value is not None:
             notes.append(f"{flag} {value} is not read: the run goes on from the checkpoint of step {start_step}")
-        elif key not in FREE_TO_CHANGE and not (value is None and before[key] == FORMER_DEFAULTS.get(key)):
+        elif key not in (*FREE_TO_CHANGE, *from_checkpoint) and not (
+            value is None and before[key] == FORMER_DEFAULTS.get(key)
+        ):
             notes.append(f"{flag} was {before[key]} until step {start_step}; now {value}")
     return notes
 

@@ -241,7 +241,7 @@ def test_a_run_of_the_former_default_of_epochs_goes_on(place, tmp_path):
 
 @pytest.mark.parametrize("script", ["train_repae", "train_vae"])
 def test_weights_that_a_resumed_run_does_not_read_are_named(script, place, tmp_path):
-    train(script, place, tmp_path, "run", max_train_steps=2)
+    train(script, place, tmp_path, "run", max_train_steps=2, disc_pretrained_ckpt=place.discriminator)
     other = dict(vae_ckpt=tmp_path / "other.pt", disc_pretrained_ckpt=tmp_path / "disc.pt", max_train_steps=3)
     train(script, place, tmp_path, "run", resume="latest", **other)
     unread = "is not read: the run goes on from the checkpoint of step 2"
@@ -251,6 +251,8 @@ def test_weights_that_a_resumed_run_does_not_read_are_named(script, place, tmp_p
         "--max-train-steps was 2 until step 2; now 3",
         f"--vae-ckpt {tmp_path / 'other.pt'} {unread}",
     ]
+    train(script, place, tmp_path, "run", resume="latest", disc_pretrained_ckpt=None, max_train_steps=3)
+    assert not [line for line in said(tmp_path, "run") if "None" in line]  # not given is nothing to read
 
 
 def test_the_learning_rate_of_train_vae_is_that_of_the_vae(place, tmp_path):
