@@ -45,12 +45,14 @@ def main(argv: list[str] | None = None) -> None:
             needed = "a name without folders is needed (see --output-dir)"
             raise InputError(f"--vae-latents-name: {args.vae_latents_name!r} was given; {needed}")
         data = ImageData(args.data_dir)
-        notes = []
-        vae = load_vae(args.vae_arch, args.vae_ckpt_path, flags=("--vae-arch", "--vae-ckpt-path"), say=notes.append)
-        for note in notes if processes.is_main_process else ():
-            logging.warning(note)
+        remarks = []
+        vae = load_vae(args.vae_arch, args.vae_ckpt_path, flags=("--vae-arch", "--vae-ckpt-path"), say=remarks.append)
+        for remark in remarks if processes.is_main_process else ():
+            logging.warning(remark)
         stored = latent_statistics(args.vae_ckpt_path, vae, flag="--vae-ckpt-path")
-        cache = LatentCache(Path(args.output_dir, args.vae_latents_name), describe(args, vae, data) | {"notes": notes})
+        cache = LatentCache(
+            Path(args.output_dir, args.vae_latents_name), describe(args, vae, data) | {"remarks": remarks}
+        )
         unfinished = cache.start(overwrite=args.overwrite)
     if not unfinished:
         if processes.is_main_process:

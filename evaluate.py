@@ -173,7 +173,7 @@ def evaluate_reconstruction(args: argparse.Namespace, device: torch.device) -> N
             source = open_images(args.data_dir)
         if args.max_images:
             source = Subset(source, evenly_spaced(len(source), args.max_images))
-        vaes, notes = load_vaes(args, source)
+        vaes, remarks = load_vaes(args, source)
         network = load_network(args, source.size)
         lpips = load_lpips(args.lpips_weights) if args.lpips else None
     for module in filter(None, (*vaes.values(), network, lpips)):
@@ -199,7 +199,7 @@ def evaluate_reconstruction(args: argparse.Namespace, device: torch.device) -> N
             "size": list(source.size),
             "features": args.features,
             "batch_size": args.batch_size,
-            "notes": notes,
+            "remarks": remarks,
         }
         report(results, about_run, output, start)
         if args.num_picture:
@@ -216,14 +216,14 @@ def load_vaes(args: argparse.Namespace, source: Source) -> tuple[dict[str, torch
     if len(set(names)) < len(names):
         raise InputError(f"--vae-ckpt: {paths[0]} was given twice")
     architectures = args.vae * len(paths) if len(args.vae) == 1 else args.vae
-    vaes, notes = {}, []
+    vaes, remarks = {}, []
     for name, path, architecture in zip(names, paths, architectures, strict=True):
-        vaes[name] = load_vae(architecture, path, say=notes.append).requires_grad_(False)
+        vaes[name] = load_vae(architecture, path, say=remarks.append).requires_grad_(False)
         with about("--data-dir"):
             check_size(vaes[name], source, lpips=args.lpips)
-    for note in notes if rank() == 0 else ():
-        logging.getLogger(__name__).warning(note)
-    return vaes, notes
+    for remark in remarks if rank() == 0 else ():
+        logging.getLogger(__name__).warning(remark)
+    return vaes, remarks
 
 
 # Output

@@ -146,8 +146,8 @@ def test_the_vae_of_a_checkpoint_is_evaluated_as_the_one_taken_out(run, checkpoi
         evaluate.main(small.argv(**usual, output=tmp_path / "numbers.json"))
         numbers[path.name] = json.loads((tmp_path / "numbers.json").read_text())
     assert numbers["0000001.pt"]["psnr"] == numbers["out.pt"]["psnr"]
-    assert numbers["out.pt"]["notes"] == []
-    (note,) = numbers["0000001.pt"]["notes"]
+    assert numbers["out.pt"]["remarks"] == []
+    (note,) = numbers["0000001.pt"]["remarks"]
     assert "0000001.pt: the VAE is what lies under 'vae'; left out: " in note
 
 
