@@ -122,7 +122,11 @@ class _Reader:
         self.left_out[thing.name] += 1
         return _FOREIGN
 
-    def _tensor(self, storage, offset, size, stride) -> Tensor:
+    def _tensor(self, storage, offset, size, stride):
+        kind = storage.args[1].name
+        if kind.removeprefix("torch.") not in _STORAGES:
+            self.left_out[kind] += 1
+            return _FOREIGN
         numbers = [offset, *size, *stride]
         if not all(type(number) is int and number >= 0 for number in numbers):
             raise InputError("a tensor's shape is no list of numbers")

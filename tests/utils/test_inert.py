@@ -51,6 +51,13 @@ def test_tensors_come_back_bit_for_bit_and_foreign_objects_are_counted(callback,
     assert found["callbacks"] == {} and left_out == {"lightning_like.ModelCheckpoint": 2}  # the class, and one object
 
 
+def test_a_tensor_of_another_kind_is_left_out_and_counted(tmp_path, callback):
+    contents = {"weight": torch.ones(2), "phase": torch.ones(2, dtype=torch.complex64), "foreign": callback}
+    torch.save(contents, tmp_path / "x.ckpt")
+    found, left_out = read_inert(tmp_path / "x.ckpt")
+    assert list(found) == ["weight"] and left_out["torch.ComplexFloatStorage"] == 1
+
+
 def test_a_dict_that_holds_itself_is_read(tmp_path, callback):
     contents = {"weight": torch.ones(2), "foreign": callback}
     contents["self"] = contents
