@@ -52,7 +52,7 @@ def test_saved_statistics_give_the_same_numbers(tmp_path, real, fake):
     assert again.count == 120
 
 
-def test_moments_of_other_tools_are_used_with_a_remark(tmp_path, real, fake, caplog):
+def test_moments_of_other_tools_are_used_with_a_note(tmp_path, real, fake, caplog):
     network = TinyInception()
     mean, covariance = (moment.numpy() for moment in feature_set(real, network).pool)
     np.savez(tmp_path / "pytorch-fid.npz", mu=mean, sigma=covariance)
@@ -112,7 +112,7 @@ def test_arrays_of_unknown_names_are_refused_by_name(tmp_path, names, label):
         read_reference(tmp_path / "r.npz", network, (8, 8), CPU)
 
 
-def test_remarks_on_images_stay_with_their_statistics(tmp_path, real, caplog):
+def test_notes_on_images_stay_with_their_statistics(tmp_path, real, caplog):
     network = TinyInception()
     np.savez(tmp_path / "grey.npz", arr_0=real[..., 0])
     reference = read_reference(tmp_path / "grey.npz", network, (8, 8), CPU)
