@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     args = evaluate_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("timm").setLevel(logging.WARNING)
-    accelerator = start_processes()
+    processes = start_processes()
     if rank() == 0:
         for note in launcher_notes(mixed_precision=("no", "float32, in which features are measured,")):
             logging.warning(note)
@@ -53,11 +53,11 @@ def main(argv: list[str] | None = None) -> None:
             check_flags(args)
             check_outputs(args)
         if args.reconstruct:
-            evaluate_reconstruction(args, accelerator.device)
+            evaluate_reconstruction(args, processes.device)
         else:
-            evaluate_samples(args, accelerator.device)
+            evaluate_samples(args, processes.device)
     finally:
-        accelerator.end_training()
+        processes.end_training()
 
 
 def check_flags(args: argparse.Namespace) -> None:

@@ -64,16 +64,16 @@ def main(argv: list[str] | None = None) -> None:
         check_sampling_flags(args)
         check_evaluation_flags(args)
         require_preset_run(args)
-        model = load_trained(args.exp_path, args.train_steps, args.vae_ckpt, ema=args.ema)
-        job, store = sampling_job(args, model), open_store(args, output_name(args, model), model.resolution)
+        trained = load_trained(args.exp_path, args.train_steps, args.vae_ckpt, ema=args.ema)
+        job, store = sampling_job(args, trained), open_store(args, output_name(args, trained), trained.resolution)
         if processes.is_main_process:
             description, output = job.description(processes.device), output_options(args, store)
             store.check(description, **output)
-        network = feature_network(args, model.resolution)
+        network = feature_network(args, trained.resolution)
     published = published_result(args)
     if published is not None:
         logging.info(preset_line(published))
-    evaluator = build_evaluator(args, network, model.resolution, processes.device)
+    evaluator = build_evaluator(args, network, trained.resolution, processes.device)
     with main_first():
         if processes.is_main_process:
             store.create(description, **output)
@@ -83,9 +83,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         # Draw what is missing, by rank 0's word: another process may look only when the first batches are finished.
         missing = from_main(store.missing() if processes.is_main_process else None)
-        model.to(processes.device)
+        trained.to(processes.device)
         if args.compile:
-            model.sit.compile(dynamic=False)  # a guidance interval makes two batch sizes: a graph each
+            trained.sit.compile(dynamic=False)  # a guidance interval makes two batch sizes: a graph each
         going_on = "interrupted; the samples that are finished stay, and the same command draws the others"
         with together(), when_interrupted(lambda: going_on):
             speed = draw_missing(job, store, evaluator, missing, processes)

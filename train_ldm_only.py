@@ -57,7 +57,7 @@ class Networks:
 
 
 def train_step(
-    run,
+    run: Run,
     nets: Networks,
     optimizer: Optimizer,
     data: Iterator,
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     with main_first():
         data = ImageData(args.data_dir, resolution=args.resolution, num_classes=args.num_classes)
         latents = LatentData(Path(args.data_dir) / args.vae_latents_name, data)
-        checkpoint = run.checkpoint(need=CHECKPOINT_ENTRIES)
+        checkpoint = run.read_checkpoint(need=CHECKPOINT_ENTRIES)
         run.settle_classes(data, checkpoint)
         nets = build_networks(args, run, latents, checkpoint)
         loader = run.batches(LatentsAndLabels(latents, data, with_images=bool(nets.encoders)))
@@ -216,9 +216,9 @@ def checkpoint_contents(args, nets: Networks, optimizer: Optimizer, step: int) -
 
 def previews(args, run: Run, nets: Networks) -> dict[str, np.ndarray]:
     """Samples of the EMA as a grid."""
-    config, stats = preview_sampler(nets.ema, args.path_type), nets.sit.latent_stats()
-    shared = dict(classes=seen_classes(vars(args), args.num_classes), rank=run.rank, world_size=run.world_size)
-    samples = preview(nets.ema, nets.vae, stats, args.num_preview, args.seed, config, **shared)
+    sampler, stats = preview_sampler(nets.ema, args.path_type), nets.sit.latent_stats()
+    classes = seen_classes(vars(args), args.num_classes)
+    samples = preview(nets.ema, nets.vae, stats, args.num_preview, args.seed, sampler, classes=classes)
     return {"samples": image_grid(samples, columns=8)}
 
 

@@ -75,7 +75,7 @@ class Networks:
 
 
 def train_step(
-    run,
+    run: Run,
     nets: Networks,
     optimizers: SimpleNamespace,
     data: Iterator,
@@ -88,7 +88,10 @@ def train_step(
     ema_decay: float,
     stop_grad: bool = True,
 ) -> dict[str, Tensor]:
-    """One optimiser step of VAE, discriminator and SiT, over `micro_steps` batches; returns the scalars to log."""
+    """One optimiser step of VAE, discriminator and SiT, over `micro_steps` batches; returns the scalars to log.
+
+    `optimizers` are called as in checkpoints: `opt` is SiT's, `opt_vae` the VAE's, `opt_disc` the discriminator's.
+    """
     logs = {}
     for micro_step in range(micro_steps):
         last = micro_step == micro_steps - 1
@@ -162,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
     with main_first():
         data = ImageData(args.data_dir, resolution=args.resolution, num_classes=args.num_classes)
         loader = run.batches(data)
-        checkpoint = run.checkpoint(need=CHECKPOINT_ENTRIES)
+        checkpoint = run.read_checkpoint(need=CHECKPOINT_ENTRIES)
         run.settle_classes(data, checkpoint)
         nets = build_networks(args, run, checkpoint)
         run.to_device(nets.sit, nets.ema, nets.vae, nets.discriminator, *nets.encoders)
@@ -282,9 +285,7 @@ def start_normalizer(run: Run, nets: Networks, data: ImageData) -> bool:
     measured = nets.latent_stats is None
     if measured:
         run.notes.append("the VAE carries no latent statistics: they were measured on the data set")
-        nets.latent_stats = measure_latent_statistics(
-            nets.vae.vae, data, device=run.device, rank=run.rank, world_size=run.world_size
-        )
+        nets.latent_stats = measure_latent_statistics(nets.vae.vae, data, device=run.device)
     for sit in (nets.sit, nets.ema):
         sit.set_latent_stats(*nets.latent_stats)
     return measured
@@ -335,9 +336,9 @@ def checkpoint_contents(args, nets: Networks, optimizers: SimpleNamespace, step:
 
 def previews(args, run: Run, nets: Networks, data: ImageData) -> dict[str, np.ndarray]:
     """Samples of the EMA, and images beside their reconstructions, as two grids; on rank 0."""
-    vae, config, stats = nets.vae.vae, preview_sampler(nets.ema, args.path_type), nets.ema.latent_stats()
-    shared = dict(classes=seen_classes(vars(args), args.num_classes), rank=run.rank, world_size=run.world_size)
-    samples = preview(nets.ema, vae, stats, args.num_preview, args.seed, config, **shared)
+    vae, sampler, stats = nets.vae.vae, preview_sampler(nets.ema, args.path_type), nets.ema.latent_stats()
+    classes = seen_classes(vars(args), args.num_classes)
+    samples = preview(nets.ema, vae, stats, args.num_preview, args.seed, sampler, classes=classes)
     if not run.is_main:
         return {}
     images, _ = data.__getitems__(evenly_spaced(len(data), (args.num_preview + 1) // 2))

@@ -58,7 +58,7 @@ class Networks:
 
 
 def train_step(
-    run, nets: Networks, optimizers: SimpleNamespace, data: Iterator, step: int, *, micro_steps: int
+    run: Run, nets: Networks, optimizers: SimpleNamespace, data: Iterator, step: int, *, micro_steps: int
 ) -> dict[str, Tensor]:
     """One optimiser step of VAE and discriminator over `micro_steps` batches; returns the scalars to log."""
     logs = {}
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     with main_first():
         data = ImageData(args.data_dir, resolution=args.resolution)
         loader = run.batches(data)
-        checkpoint = run.checkpoint(need=CHECKPOINT_ENTRIES)
+        checkpoint = run.read_checkpoint(need=CHECKPOINT_ENTRIES)
         nets = build_networks(args, run, checkpoint)
         run.to_device(nets.vae, nets.discriminator, nets.vae_loss.lpips, nets.discriminator_loss)
         optimizers = build_optimizers(args, run, nets, checkpoint)
@@ -183,7 +183,7 @@ def previews(args, run: Run, nets: Networks, data: ImageData) -> dict[str, np.nd
 def write_vae(args, run: Run, nets: Networks, data: ImageData) -> None:
     """The VAE's files, with the statistics of its latents on this data set."""
     vae, discriminator = nets.vae.vae.eval(), nets.discriminator.state_dict()
-    stats = measure_latent_statistics(vae, data, device=run.device, rank=run.rank, world_size=run.world_size)
+    stats = measure_latent_statistics(vae, data, device=run.device)
     if run.is_main:
         folder = save_vae_files(args.output_dir, args.exp_name, vae, *stats, discriminator, overwrite=True)
         print(f"the VAE is {Path(folder) / args.exp_name}.pt")

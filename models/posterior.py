@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dataset.data import evenly_spaced
 from dataset.latents import LatentStatistics
 from models.vae_architecture import kind_of, latent_channels
+from utils.distributed import rank, world_size
 from utils.errors import about
 from utils.images import to_signed
 
@@ -86,24 +87,23 @@ def measure_latent_statistics(
     device: torch.device | str,
     batch_size: int = 32,
     max_images: int = 50_000,
-    rank: int = 0,
-    world_size: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Scale (1 / std) and bias (mean) of a data set's latents, float32 (1, C, 1, 1) on the CPU, equal on all ranks.
+
+    The processes share the batches.
 
     Args:
         vae: on `device`, in eval mode.
         data: `len(data)` and `data.__getitems__(indices) -> (images uint8 (B, 3, H, W), ...)`.
         max_images: of a larger data set so many are taken, evenly spread over its order (which is by class).
         batch_size: images at a time per process.
-        rank, world_size: the processes share the batches; with more than one, torch.distributed adds them up.
 
     Raises:
         InputError: the VAE's latents are not finite, or a channel is constant.
     """
     statistics = LatentStatistics(latent_channels(vae), device)
     chosen = evenly_spaced(len(data), max_images)
-    for first in range(rank * batch_size, len(chosen), world_size * batch_size):
+    for first in range(rank() * batch_size, len(chosen), world_size() * batch_size):
         images = data.__getitems__(chosen[first : first + batch_size])[0].to(device)
         statistics.add(to_mean_std(encode_moments(vae, to_signed(images))))
     with about("--vae-ckpt"):

@@ -13,7 +13,7 @@ from models.posterior import decode, encode_moments, split_moments
 from models.sit import SiT
 from models.vae import downsampling
 from sampling.samplers import euler, euler_maruyama, heun
-from utils.distributed import gather_rows
+from utils.distributed import gather_rows, rank, world_size
 from utils.images import to_signed, to_uint8
 from utils.rng import sample_normal
 
@@ -45,7 +45,7 @@ def sample_latents(
     indices: Sequence[int],
     labels: Tensor,
     seed: int,
-    config: SamplerConfig,
+    sampler: SamplerConfig,
     watch: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Normalised latents x_0 (B, C, h, w) float64 of the samples with these numbers.
@@ -62,7 +62,7 @@ def sample_latents(
     shape = (sit.in_channels, sit.grid * sit.patch_size, sit.grid * sit.patch_size)
     device = sit.pos_embed.device
     evaluations = itertools.count()
-    dtype = AUTOCAST.get(config.precision)
+    dtype = AUTOCAST.get(sampler.precision)
 
     def draw(purpose: str) -> Tensor:
         noise = sample_normal(seed, purpose, indices, shape)
@@ -75,21 +75,21 @@ def sample_latents(
             return sit(x_t, t, y)[0].float()
 
     common = dict(
-        num_steps=config.num_steps,
-        guidance_scale=config.guidance_scale,
-        guidance_interval=config.guidance_interval,
+        num_steps=sampler.num_steps,
+        guidance_scale=sampler.guidance_scale,
+        guidance_interval=sampler.guidance_interval,
         null_label=sit.null_label,
     )
-    if config.mode == "sde":
+    if sampler.mode == "sde":
         return euler_maruyama(
             velocity,
             draw("noise"),
             labels,
-            path_type=config.path_type,
+            path_type=sampler.path_type,
             step_noise=lambda i: draw(f"step {i}"),
             **common,
         )
-    return (heun if config.heun else euler)(velocity, draw("noise"), labels, **common)
+    return (heun if sampler.heun else euler)(velocity, draw("noise"), labels, **common)
 
 
 @torch.no_grad()
@@ -105,14 +105,14 @@ def draw_images(
     indices: Sequence[int],
     labels: Tensor,
     seed: int,
-    config: SamplerConfig,
+    sampler: SamplerConfig,
 ) -> Tensor:
     """Images uint8 (B, 3, H, W) of the samples with these numbers; as `sample_latents` and `decode_latents`.
 
     Raises:
         FloatingPointError: a sample is not finite; as an image it would be black, and would be measured as one.
     """
-    x_0 = sample_latents(sit, indices, labels, seed, config)
+    x_0 = sample_latents(sit, indices, labels, seed, sampler)
     if not x_0.isfinite().all():
         raise FloatingPointError("samples are not finite")
     return decode_latents(vae, x_0, *latent_stats)
@@ -126,7 +126,7 @@ def trajectory(
     indices: Sequence[int],
     labels: Tensor,
     seed: int,
-    config: SamplerConfig,
+    sampler: SamplerConfig,
     *,
     shown: int,
     frames: int = 9,
@@ -136,17 +136,17 @@ def trajectory(
     Frame 0 is the noise and the last frame the sample, decoded; between them lie states at about evenly spaced steps.
     There are fewer frames where there are fewer steps. The whole batch is drawn, in the shapes of the job.
     """
-    frames = min(frames, config.num_steps + 1)
+    frames = min(frames, sampler.num_steps + 1)
     # Heun's second evaluation of a step is at a predicted state; the state itself is the one before it.
-    per_step = 2 if config.heun else 1
-    chosen = {per_step * (i * config.num_steps // (frames - 1)) for i in range(frames - 1)}
+    per_step = 2 if sampler.heun else 1
+    chosen = {per_step * (i * sampler.num_steps // (frames - 1)) for i in range(frames - 1)}
     states = []
 
     def watch(evaluation: int, x_t: Tensor) -> None:
         if evaluation in chosen:
             states.append(x_t)
 
-    states.append(sample_latents(sit, indices, labels, seed, config, watch))
+    states.append(sample_latents(sit, indices, labels, seed, sampler, watch))
     return torch.stack([decode_latents(vae, x_t, *latent_stats)[:shown].cpu() for x_t in states], dim=1)
 
 
@@ -163,11 +163,9 @@ def preview(
     latent_stats: tuple[Tensor, Tensor],
     count: int,
     seed: int,
-    config: SamplerConfig,
+    sampler: SamplerConfig,
     *,
     classes: Sequence[int] | None = None,
-    rank: int = 0,
-    world_size: int = 1,
 ) -> Tensor:
     """The same `count` samples at every call, uint8 (count, 3, H, W) on every process.
 
@@ -178,10 +176,10 @@ def preview(
     classes = range(sit.num_classes) if classes is None else classes
     side = sit.grid * sit.patch_size * downsampling(vae)
     images, numbers = [torch.empty(0, 3, side, side, dtype=torch.uint8)], []
-    for start in range(rank * PREVIEW_BATCH, count, world_size * PREVIEW_BATCH):
+    for start in range(rank() * PREVIEW_BATCH, count, world_size() * PREVIEW_BATCH):
         indices = range(start, min(start + PREVIEW_BATCH, count))
         labels = torch.tensor([int(classes[i * len(classes) // count]) for i in indices], device=device)
-        x_0 = sample_latents(sit, indices, labels, seed, config)
+        x_0 = sample_latents(sit, indices, labels, seed, sampler)
         images.append(decode_latents(vae, x_0, *latent_stats).cpu())
         numbers += indices
     order = gather_rows(torch.tensor(numbers, dtype=torch.int64)).argsort()

@@ -48,14 +48,14 @@ class SamplingJob:
 
     Attributes:
         args: its options.
-        model: the run that is sampled.
+        trained: the run that is sampled.
         sampler: how a sample is drawn.
         labels: the label of every sample.
         notes: what was chosen without being asked for; they are said at the start and recorded.
     """
 
     args: argparse.Namespace
-    model: TrainedRun
+    trained: TrainedRun
     sampler: SamplerConfig
     labels: LabelScheme
     notes: list[str]
@@ -71,7 +71,7 @@ class SamplingJob:
         except FloatingPointError:
             fp16 = self.sampler.precision == "fp16"
             reason = "they left fp16's range: --precision bf16" if fp16 else "look at its training"
-            found = f"{self.model.checkpoint} gives samples that are not finite"
+            found = f"{self.trained.checkpoint} gives samples that are not finite"
             raise InputError(f"--exp-path: {found} ({reason})") from None
         return images.permute(0, 2, 3, 1).cpu().numpy()
 
@@ -80,27 +80,27 @@ class SamplingJob:
         return trajectory(*self._drawn(indices), shown=shown)
 
     def _drawn(self, indices: range) -> tuple:
-        model = self.model
-        labels = self.labels(indices).to(model.sit.pos_embed.device)
-        return model.sit, model.vae, model.latent_stats, indices, labels, self.labels.seed, self.sampler
+        trained = self.trained
+        labels = self.labels(indices).to(trained.sit.pos_embed.device)
+        return trained.sit, trained.vae, trained.latent_stats, indices, labels, self.labels.seed, self.sampler
 
     def description(self, device: torch.device) -> dict:
         """All that the images depend on, as JSON values: an interrupted job and the one that takes it up share it."""
-        args, model = self.args, self.model
+        args, trained = self.args, self.trained
         options = {key: value for key, value in vars(args).items() if key not in FREE}
-        options |= {"precision": precision_name(args), "path_type": model.args.get("path_type", args.path_type)}
+        options |= {"precision": precision_name(args), "path_type": trained.args.get("path_type", args.path_type)}
 
-        checksums = {"checkpoint": sha256(model.checkpoint)}
-        if model.vae_path is not None:
-            checksums["vae"] = vae_sha256(model.vae_path, model.vae)
+        checksums = {"checkpoint": sha256(trained.checkpoint)}
+        if trained.vae_path is not None:
+            checksums["vae"] = vae_sha256(trained.vae_path, trained.vae)
         if args.label_file is not None:
             checksums["label_file"] = sha256(args.label_file)
-        statistics = b"".join(values.numpy().tobytes() for values in model.latent_stats)
+        statistics = b"".join(values.numpy().tobytes() for values in trained.latent_stats)
         checksums["latent_statistics"] = hashlib.sha256(statistics).hexdigest()
 
         description = {
-            "run": model.name,
-            "step": model.step,
+            "run": trained.name,
+            "step": trained.step,
             "options": options,
             "sha256": checksums,
             "device": device.type,
@@ -111,17 +111,17 @@ class SamplingJob:
 
     def record(self, processes) -> dict:
         """What the result's `.json` says beyond the description; `processes` is `start_processes`' accelerator."""
-        model, device = self.model, processes.device
+        trained, device = self.trained, processes.device
         python = {"python": platform.python_version(), "torch": torch.__version__}
         return {
-            "checkpoint": str(model.checkpoint),
-            "vae": str(model.vae_path or "in the checkpoint"),
+            "checkpoint": str(trained.checkpoint),
+            "vae": str(trained.vae_path or "in the checkpoint"),
             "options": vars(self.args),
             "sampler": asdict(self.sampler),
             "nfe": self.sampler.nfe(),
             "labels": self.labels.name,
             "notes": self.notes,
-            "resolution": model.resolution,
+            "resolution": trained.resolution,
             "processes": processes.num_processes,
             "threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
@@ -130,16 +130,16 @@ class SamplingJob:
         }
 
 
-def sampling_job(args: argparse.Namespace, model: TrainedRun) -> SamplingJob:
+def sampling_job(args: argparse.Namespace, trained: TrainedRun) -> SamplingJob:
     """The job that the options of generate.py ask for.
 
     Raises:
         InputError: options that this model cannot serve.
     """
-    if args.cfg_scale > 1 and model.sit.null_label is None:
+    if args.cfg_scale > 1 and trained.sit.null_label is None:
         model_has = "which was trained without label dropping (--cfg-prob 0) and has no null label"
         raise InputError(f"--cfg-scale: {args.cfg_scale} was given; 1 is needed by this model, {model_has}")
-    path_type = model.args.get("path_type", args.path_type)
+    path_type = trained.args.get("path_type", args.path_type)
     if args.mode == "sde" and path_type != args.path_type:  # along the ODE the velocity alone counts
         raise InputError(f"--path-type: {args.path_type} was given; this model was trained with {path_type}")
     sampler = SamplerConfig(
@@ -151,9 +151,9 @@ def sampling_job(args: argparse.Namespace, model: TrainedRun) -> SamplingJob:
         guidance_interval=(args.guidance_low, args.guidance_high),
         precision=precision_name(args),
     )
-    seen = seen_classes(model.args, model.sit.num_classes)
-    labels = label_scheme(args, model.sit.num_classes, seen=seen, null_label=model.sit.null_label)
-    return SamplingJob(args, model, sampler, labels, [*model.notes, *_notes_on_classes(labels, seen, model.sit)])
+    seen = seen_classes(trained.args, trained.sit.num_classes)
+    labels = label_scheme(args, trained.sit.num_classes, seen=seen, null_label=trained.sit.null_label)
+    return SamplingJob(args, trained, sampler, labels, [*trained.notes, *_notes_on_classes(labels, seen, trained.sit)])
 
 
 def _notes_on_classes(labels: LabelScheme, seen: np.ndarray, sit: SiT) -> list[str]:
@@ -198,12 +198,12 @@ def precision_name(args: argparse.Namespace) -> str:
 # What the result is called
 
 
-def output_name(args: argparse.Namespace, model: TrainedRun) -> str:
+def output_name(args: argparse.Namespace, trained: TrainedRun) -> str:
     """`<run>_<step>_cfg<scale>-<low>-<high>`, with a suffix for every other option that is not the default.
 
     Of the options on which the bytes depend, --pproc-batch-size alone is left out: it moves a level in ten thousand.
     """
-    parts = [f"{model.name}_{model.step:07d}_cfg{args.cfg_scale}-{args.guidance_low}-{args.guidance_high}"]
+    parts = [f"{trained.name}_{trained.step:07d}_cfg{args.cfg_scale}-{args.guidance_low}-{args.guidance_high}"]
     default = generate_parser().get_default
     changed = {name: value for name, value in vars(args).items() if value != default(name)}
     if "mode" in changed or args.heun:

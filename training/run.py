@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import os
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -52,7 +51,7 @@ class Run:
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.is_main, self.device = self.accelerator.is_main_process, self.accelerator.device
         self.folder = Path(args.output_dir) / args.exp_name
-        self.trackers = []
+        self.trackers, self._handlers = [], []
         self._window = Window(self.device)
         self._set_numerics()
         with main_first():
@@ -157,9 +156,9 @@ class Run:
         if args.num_classes is None:
             earlier = checkpoint and checkpoint["args"].get("num_classes")
             args.num_classes = earlier or data.num_classes
-        if data.num_classes > args.num_classes:
-            found = f"{data.folder} has {data.num_classes} classes"
-            raise InputError(f"--data-dir: {found}; the checkpoint was trained with {args.num_classes}")
+        if (largest := int(data.labels.max())) >= args.num_classes:
+            found = f"the largest label in {data.folder} is {largest}"
+            raise InputError(f"--data-dir: {found}; the checkpoint was trained with {args.num_classes} classes")
         args.seen_classes = class_ranges(data.labels)
         if len(classes_of(args.seen_classes, args.num_classes)) < args.num_classes:
             seen = f"the images of {data.folder} have the classes {args.seen_classes}"
@@ -199,8 +198,7 @@ class Run:
         )
         with when_interrupted(self._what_stays):
             for step in self._progress:
-                # The clock of `images_per_second` counts steps alone: not the checkpoints and evaluations between them.
-                self._clock = time.perf_counter()
+                self._window.start_step()
                 yield step
 
                 self._done = done = step + 1
@@ -246,7 +244,7 @@ class Run:
 
     # ------------------------------------------------------------------ the folder
 
-    def checkpoint(self, need: tuple[str, ...]) -> dict | None:
+    def read_checkpoint(self, need: tuple[str, ...]) -> dict | None:
         """The checkpoint that the run resumes, with these entries at least; None for a fresh run."""
         return read_checkpoint(self.resume_from, need=need) if self.resume_from else None
 
@@ -286,7 +284,7 @@ class Run:
         Raises:
             FloatingPointError: a loss of the row is not finite.
         """
-        self._window.add(scalars, time.perf_counter() - self._clock)
+        self._window.add(scalars)
         # A window also ends with a checkpoint: no loss that is not finite is saved, and a resumed run has equal rows.
         args, done = self.args, step + 1
         if not (self._is_due(done, args.log_steps) or self._is_due(done, args.checkpointing_steps)):
@@ -336,6 +334,6 @@ class Run:
         self.wait()
         for tracker in self.trackers:
             tracker.finish()
-        for handler in getattr(self, "_handlers", []):
+        for handler in self._handlers:
             logging.getLogger().removeHandler(handler)
             handler.close()

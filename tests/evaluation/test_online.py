@@ -66,7 +66,7 @@ def test_an_evaluation_does_not_count_as_training_time(place, tmp_path, monkeypa
         clock[0] += seconds
         return result
 
-    monkeypatch.setattr("training.run.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr("training.window.time", SimpleNamespace(perf_counter=lambda: clock[0]))
     monkeypatch.setattr(train_ldm_only, "train_step", lambda *args, **more: spend(1, step(*args, **more)))
     monkeypatch.setattr(OnlineEvaluation, "__call__", lambda *args: spend(1000, {"fd": 1.0}))
     online = dict(eval_steps=1, eval_reference=place.data, eval_samples=10, eval_features=place.encoder)

@@ -37,7 +37,15 @@ def test_previews_are_the_same_for_any_number_of_processes(exps, monkeypatch):
     labels = torch.arange(8) * CLASSES // 20  # the classes are spread evenly
     first = decode_latents(*networks[1:2], sample_latents(trained.sit, range(8), labels, 5, config), *networks[2])
     assert torch.equal(images[:8], first)
-    for world_size in (2, 4):
-        shares = [preview(*networks, 20, 5, config, rank=rank, world_size=world_size) for rank in range(world_size)]
+    some = preview(*networks, 3, 5, config, classes=[7, 2])
+    expected = sample_latents(trained.sit, range(3), torch.tensor([7, 7, 2]), 5, config)
+    assert torch.equal(some, decode_latents(trained.vae, expected, *trained.latent_stats))
+
+    for world_size in (2, 4):  # each process's share; what gathers them is tried by two in tests/scripts
+        monkeypatch.setattr(generation, "world_size", lambda world_size=world_size: world_size)
+        shares = []
+        for rank in range(world_size):
+            monkeypatch.setattr(generation, "rank", lambda rank=rank: rank)
+            shares.append(preview(*networks, 20, 5, config))
         numbers = torch.tensor([i for rank in range(world_size) for i in range(20) if i // 8 % world_size == rank])
         assert torch.equal(torch.cat(shares)[numbers.argsort()], images)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+import cache_latents
 import generate
 import train_ldm_only
 import train_repae
@@ -85,10 +86,26 @@ def test_classes_that_no_image_has_are_not_drawn(place, tmp_path):
     assert np.array_equal(np.bincount(labels), [10] * 4)
 
 
-def test_a_run_that_goes_on_keeps_the_number_of_classes_of_its_checkpoint(place, tmp_path):
+def test_a_run_that_goes_on_keeps_the_number_of_classes_of_its_checkpoint(place, tmp_path, capsys):
     train("train_ldm_only", place, tmp_path, "run", num_classes=50, max_train_steps=2)
     train("train_ldm_only", place, tmp_path, "run", num_classes=None, max_train_steps=3, resume="latest")
     assert json.loads((tmp_path / "run" / "args.json").read_text())["num_classes"] == 50
+
+    more = small.write_data(tmp_path / "more", classes=60, count=60)
+    on = dict(data_dir=more, resume_step=2, continue_train_exp_dir=tmp_path / "run", num_classes=None)
+    with pytest.raises(SystemExit):
+        train("train_repae", place, tmp_path, "on", **on)
+    assert not (tmp_path / "on").exists()
+
+
+def test_named_classes_without_images_leave_room_and_do_not_stand_in_the_way(place, tmp_path):
+    data = small.write_data(tmp_path / "data")
+    info = json.loads((data / "dataset.json").read_text()) | {"class_names": list("abcdef")}
+    (data / "dataset.json").write_text(json.dumps(info))
+    run = train("train_repae", place, tmp_path, "own", data_dir=data, num_classes=None, max_train_steps=1)
+    args = json.loads((run / "args.json").read_text())
+    assert (args["num_classes"], args["seen_classes"]) == (6, "0-3")
+    train("train_repae", place, tmp_path, "fewer", data_dir=data, num_classes=small.CLASSES, max_train_steps=1)
 
 
 def test_the_unconditional_network_is_sampled_by_its_null_label(place, tmp_path, capsys):
@@ -101,6 +118,16 @@ def test_the_unconditional_network_is_sampled_by_its_null_label(place, tmp_path,
     with pytest.raises(SystemExit):
         sample(run, tmp_path / "c", classes="null", cfg_scale=2)
     assert "--classes null needs 1" in capsys.readouterr().err
+
+
+def test_an_ldm_goes_on_at_another_resolution(place, tmp_path):
+    plain = dict(enc_type="None", proj_coeff=0)
+    train("train_ldm_only", place, tmp_path, "small", max_train_steps=1, **plain)
+    data = small.write_data(tmp_path / "larger", resolution=48)
+    cache_latents.main(small.cache_options(place, place.latents, data_dir=data, output_dir=data))
+    on = dict(data_dir=data, resolution=48, resume_step=1, continue_train_exp_dir=tmp_path / "small", max_train_steps=2)
+    run = train("train_ldm_only", place, tmp_path, "on", **plain, **on)
+    assert (run / "log.txt").read_text().count("its 3 x 3 tokens become 6 x 6") == 1
 
 
 def test_joint_training_starts_from_a_trained_ldm_and_goes_on_at_another_resolution(place, tmp_path, capsys):
