@@ -209,7 +209,7 @@ def compare(samples: FeatureSet, reference: FeatureSet, network: nn.Module, devi
             results |= zip(names, values, strict=True)
         names = (f"{kernel}{suffix}", f"{kernel}_std{suffix}")
         size = kernel_subset_size(len(reference.features), len(samples.features))
-        results |= zip(names, _kernel_distance(reference.features, samples.features, device, size), strict=True)
+        results |= zip(names, _kernel_distance(samples.features, reference.features, device, size), strict=True)
         if size < KERNEL_SUBSET:
             results[f"{kernel}_subset_size"] = size
     return from_main(results)
@@ -236,10 +236,11 @@ def kernel_subset_size(count_1: int, count_2: int) -> int:
     return min(KERNEL_SUBSET, min(count_1, count_2) // 2)
 
 
-def _kernel_distance(real: Tensor, fake: Tensor, device: torch.device, subset_size: int) -> tuple[float, float]:
+def _kernel_distance(fake: Tensor, real: Tensor, device: torch.device, subset_size: int) -> tuple[float, float]:
+    """Subsets of the samples are drawn before those of the reference, as in torch-fidelity."""
     processes = {"rank": rank(), "world_size": world_size(), "all_reduce": all_sum}
     with exact_float32(device):
-        return kernel_distance(real.to(device), fake.to(device), subset_size=subset_size, **processes)
+        return kernel_distance(fake.to(device), real.to(device), subset_size=subset_size, **processes)
 
 
 def require_neighbours(what: str, count: int) -> None:

@@ -59,7 +59,10 @@ def find_sit_state(contents: Mapping, path: str | Path, *, ema: bool = True) -> 
         raise InputError(f"{path} holds no SiT that this code knows (it lacks {LAST_LAYER[0]!r})")
     rows = state[LAST_LAYER[0]].shape[0]
     if rows == 2 * channels * patch**2:
-        notes.append(f"{path} is taken for the original SiT's, whose t = 1 is data: its time and velocity are turned")
+        if Path(path).name.startswith("DiT"):
+            raise InputError(f"{path} is a DiT by its name, which predicts noise and cannot be sampled here")
+        turned = "its time and velocity are turned (a DiT has the same tensors, predicts noise, and would give noise)"
+        notes.append(f"{path} is taken for the original SiT's, whose t = 1 is data: {turned}")
         state = _from_original_sit(state, channels, patch)
     elif not any(key.startswith(("bn.", "projectors.")) for key in state):
         needed = "a normaliser (ours), projectors (REPA's) or a last layer of 2 C channels (the original SiT's)"

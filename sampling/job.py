@@ -24,11 +24,13 @@ from utils.errors import InputError
 from utils.files import sha256
 
 # Options that the images do not depend on: an interrupted job may be taken up with others. (--preset, --train-steps and
-# --tf32 count through what they come to.)
+# --tf32 count through what they come to, and files through their checksums.)
 FREE = {
     "preset",
     "exp_path",
     "train_steps",
+    "vae_ckpt",
+    "label_file",
     "sample_dir",
     "overwrite",
     "save_png",

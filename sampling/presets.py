@@ -37,7 +37,7 @@ def changed_options(args: argparse.Namespace) -> dict[str, object]:
     same checkpoint may lie there.
     """
     default, options = generate_parser().get_default, PRESETS[args.preset].options
-    counting = vars(args).keys() - FREE - {"pproc_batch_size"} | {"exp_path", "tf32"}
+    counting = vars(args).keys() - FREE - {"pproc_batch_size"} | {"exp_path", "tf32", "vae_ckpt", "label_file"}
     counting |= set() if args.train_steps is None else {"train_steps"}  # None: the latest, of another run
     return {
         _flag(name): value

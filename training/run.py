@@ -24,7 +24,7 @@ from training import run_folder
 from training.trackers import open_trackers
 from training.window import Window
 from utils.checkpoint import checkpoint_path, latest_step, read_checkpoint, write_checkpoint
-from utils.distributed import from_main, launcher_notes, main_first, start_processes
+from utils.distributed import from_main, launcher_notes, main_first, start_processes, together
 from utils.errors import InputError, when_interrupted
 from utils.files import require_disk
 from utils.images import save_png
@@ -62,6 +62,11 @@ class Run:
             self.goes_on = source is not None and source.resolve() == self.folder.resolve()
             if not self.goes_on:
                 run_folder.require_free(args, self.folder)
+        mine, first = (self.start_step, self.goes_on), from_main((self.start_step, self.goes_on))
+        with together():  # each has looked for itself
+            if mine != first:
+                found = f"this process sees step {mine[0]}, rank 0 step {first[0]}"
+                raise InputError(f"--resume: {found}; --output-dir must be one folder for all machines")
         self._done = self.start_step
 
     # ------------------------------------------------------------------ processes

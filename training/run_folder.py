@@ -67,7 +67,8 @@ def clear(folder: Path, logging_dir: str) -> None:
     logs = folder / logging_dir
     inside = folder.resolve() in logs.resolve().parents
     for path in (*(folder / name for name in RUN_FILES), *([logs] if inside else [])):
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        is_folder = path.is_dir() and not path.is_symlink()  # of a link the link alone goes
+        shutil.rmtree(path) if is_folder else path.unlink(missing_ok=True)
 
 
 def make(folder: Path, args: argparse.Namespace, start_step: int) -> None:

@@ -155,6 +155,7 @@ def main_first() -> Iterator[None]:
         yield
     except BaseException as error:
         verdict = [str(error) or type(error).__name__]
+        with contextlib.suppress(RuntimeError):  # the others may be gone, as after Ctrl-C; what is raised here counts
+            dist.broadcast_object_list(verdict, src=0)
         raise
-    finally:
-        dist.broadcast_object_list(verdict, src=0)
+    dist.broadcast_object_list(verdict, src=0)

@@ -76,6 +76,8 @@ def _ended_in_one_line(main, argv):
             _say(f"error: {error}")
         sys.exit(2)
     except (FloatingPointError, OSError, RuntimeError) as error:
+        if (interrupt := _interrupt_behind(error)) is not None:  # another process is gone already
+            raise interrupt from None
         reason = _reason(error)
         if reason is None:  # a fault of ours, for which a traceback helps
             raise
@@ -112,6 +114,13 @@ def _say(message: str) -> None:
     rank = int(os.environ.get("RANK", 0))
     who = f" [rank {rank}]" if rank else ""
     print(f"{Path(sys.argv[0]).name}{who}: {' '.join(message.split())}", file=sys.stderr)
+
+
+def _interrupt_behind(error: BaseException | None) -> KeyboardInterrupt | None:
+    """The Ctrl-C that was being handled when an error arose."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error
 
 
 def _reason(error: Exception) -> str | None:

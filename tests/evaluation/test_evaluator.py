@@ -35,7 +35,7 @@ def test_evaluator_gives_the_metrics_of_all_samples(real, fake):
     score = inception_score(network.probabilities(pool_f))
     precision, recall = precision_recall(pool_r, pool_f)
     precision_adm, recall_adm = precision_recall(pool_r, pool_f, half=True)
-    kernel = kernel_distance(pool_r, pool_f, subset_size=50)
+    kernel = kernel_distance(pool_f, pool_r, subset_size=50)  # the samples first, as torch-fidelity draws its subsets
     expected = {
         "fid": frechet_distance(*moments[0], *moments[1]),
         "sfid": frechet_distance(*moments[2], *moments[3]),

@@ -33,3 +33,17 @@ def test_our_own_faults_keep_their_traceback(error):
 
     with pytest.raises(type(error)):
         command(main)()
+
+
+def test_ctrl_c_that_lost_its_way_in_another_error_is_still_one_line(capsys):
+    """As when a process that is interrupted tells the others so, and they are gone already."""
+
+    def main(argv):
+        try:
+            raise KeyboardInterrupt("interrupted")
+        finally:
+            raise RuntimeError("Connection closed by peer")
+
+    with pytest.raises(SystemExit) as stopped:
+        command(main)()
+    assert stopped.value.code == 130 and capsys.readouterr().err.count("stopped: interrupted") == 1
