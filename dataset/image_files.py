@@ -158,7 +158,10 @@ def _is_hidden(entry: os.DirEntry) -> bool:
 
 
 def _is_broken(entry: os.DirEntry) -> bool:
-    return entry.is_symlink() and not Path(entry).exists()
+    try:
+        return entry.is_symlink() and not Path(entry).exists()
+    except OSError:  # a link to where nothing may be read
+        return True
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
