@@ -178,7 +178,7 @@ def _identity(entry: os.DirEntry | Path) -> tuple[int, int]:
 
 def folder_of_all(files: list[str]) -> str:
     """The deepest folder that holds all files, relative like them; "" for the root."""
-    return posixpath.commonpath([posixpath.dirname(name) for name in files])
+    return posixpath.commonpath({posixpath.dirname(name) for name in files})
 
 
 def split_names(names: list[str]) -> list[str]:
