@@ -24,7 +24,7 @@ import torch
 from dataset.data import evenly_spaced
 from dataset.image_arrays import RANGES, Range
 from dataset.image_sources import Source, Subset, open_images, require_size
-from evaluation.evaluator import NOTHING, compare, extract, require_neighbours, say
+from evaluation.evaluator import NOTHING, compare, extract, require_neighbours, say, turn_notes
 from evaluation.features import load_features
 from evaluation.reconstruction import check_size, comparison_picture, measure_reconstruction
 from evaluation.reference import read_reference, reference_images, save_reference
@@ -202,14 +202,18 @@ def evaluate_reconstruction(args: argparse.Namespace, device: torch.device) -> N
     originals = None
     if network is None:
         say(*source.notes)
+        notes += source.notes
     else:
         originals = extract(source, network, device, batch_size=args.batch_size, keep=NOTHING, description="originals")
+        notes += originals.notes
     results = {}
     for name, vae in vaes.items():
         with about("--vae-ckpt"):
             results[name] = measure_reconstruction(
                 vae, source, device, batch_size=args.batch_size, network=network, originals=originals, lpips=lpips
             )
+        if network is None and len(results) == 1:  # all images were read once
+            notes += turn_notes(source)
 
     if rank() == 0:
         output = Path(args.output or beside(args.vae_ckpt[-1], "reconstruction"))
@@ -220,7 +224,7 @@ def evaluate_reconstruction(args: argparse.Namespace, device: torch.device) -> N
             "size": list(source.size),
             "features": args.features,
             "batch_size": args.batch_size,
-            "notes": [*notes, *(source.notes if originals is None else originals.notes)],
+            "notes": notes,
         }
         report(results, about_run, output, start)
         if args.num_picture:

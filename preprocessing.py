@@ -13,6 +13,7 @@ if __name__ == "__main__":  # --help and a mistyped flag answer before the heavy
     preprocessing_parser().answer_before_imports()
 
 import contextlib
+import io
 import json
 import logging
 import signal
@@ -20,7 +21,7 @@ import sys
 import time
 from pathlib import Path
 
-from dataset.class_labels import LabelledImages, empty_classes, list_images, some
+from dataset.class_labels import LabelledImages, empty_classes, list_images, printable, some
 from dataset.preprocess import check_output, write_data_folder
 from utils.errors import command, when_interrupted
 
@@ -31,10 +32,12 @@ def main(argv=None):
     logging.basicConfig(format="%(levelname)s: %(message)s")
     root, output = Path(args.imagenet_path), Path(args.output_path)
     started = time.perf_counter()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names are bytes: what cannot be encoded is no error
 
     # Which files, and their labels; then the data folder, which appears whole or not at all.
     check_output(output, root, args.overwrite)
-    found = list_images(root)
+    found = list_images(root, output)
     images = found.at_most(args.max_images)
     with when_interrupted(lambda: "interrupted; nothing was written"):
         info = write_data_folder(
@@ -61,7 +64,7 @@ def main(argv=None):
 def report(found: LabelledImages, info: dict, output: Path) -> None:
     """Say what a user may not expect of the data folder and `list_images` could not know."""
     for entry in info["skipped"][:10]:
-        print(f"skipped {entry['file']}: {entry['reason']}", file=sys.stderr)
+        print(f"skipped {printable(entry['file'])}: {entry['reason']}", file=sys.stderr)
     if len(info["skipped"]) > 10:
         print(f"... and {len(info['skipped']) - 10} more, listed in {output / 'dataset.json'}", file=sys.stderr)
     before = empty_classes(found.labels, found.num_classes) or {"count": 0}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from dataset.image_files import SPLIT, ImageTree, refuse_splits, walk_images
+from dataset.image_files import ImageTree, folder_of_all, refuse_splits, split_names, walk_images
 from utils.errors import InputError, about
 
 LARGEST_LABEL = 2**31 - 1
@@ -27,17 +27,15 @@ class LabelledImages:
     Attributes:
         files: relative to the tree's root, with "/", in sorted order; labels: of each.
         class_names: of label 0, 1, ...; none unless folders name them.
+        num_classes: of the whole tree, whether or not these files show all of them.
         tree: what else was found.
     """
 
     files: list[str]
     labels: list[int]
     class_names: list[str]
+    num_classes: int
     tree: ImageTree
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names) or max(self.labels) + 1
 
     def at_most(self, count: int | None) -> "LabelledImages":
         """`count` of the images, in their order, spread over the classes: of each the first, then the second ..."""
@@ -47,16 +45,18 @@ class LabelledImages:
             seen[label] += 1
         chosen = sorted(sorted(range(len(rank)), key=rank.__getitem__)[:count])  # the sort is stable
         files, labels = ([column[i] for i in chosen] for column in (self.files, self.labels))
-        return LabelledImages(files, labels, self.class_names, self.tree)
+        return LabelledImages(files, labels, self.class_names, self.num_classes, self.tree)
 
 
-def list_images(root: Path) -> LabelledImages:
+def list_images(root: Path, output: Path | None = None) -> LabelledImages:
     """The image files below `root` with their labels.
 
     Labels come from `root/dataset.json` in StyleGAN form, `{"labels": [[path, index], ...]}` (null: all 0), if it is
     there; else from the top folder of each file, in sorted order, of all top folders, whether or not they hold images;
     else, with all files in `root` itself, they are 0. What a user may not expect of them is said.
 
+    Args:
+        output: the data folder to be written; in `root` it is no class.
     Raises:
         InputError: no folder, no image, parts of a data set in the place of classes, or labels that do not fit the
             files.
@@ -64,7 +64,7 @@ def list_images(root: Path) -> LabelledImages:
     with about("--imagenet-path"):
         if not root.is_dir():
             raise InputError(f"{root} is not a folder; a folder tree of images is needed")
-        tree = walk_images(root)
+        tree = walk_images(root, output)
 
     # Labels by a file.
     files = tree.files
@@ -72,16 +72,17 @@ def list_images(root: Path) -> LabelledImages:
         labels = _labels_from_json(root / "dataset.json", files)
         if labels is not None:
             tree.left_out -= Counter({".json": 1})  # this one was read
-            if empty := empty_classes(labels, max(labels) + 1):
+            num_classes = max(labels) + 1
+            if empty := empty_classes(labels, num_classes):
                 span = f"labels run from {min(labels)} to {max(labels)}"
                 which = f"{some(empty['first'])} (empty classes: {empty['count']})"
                 logger.warning("%s: %s, and no image has %s", root / "dataset.json", span, which)
-            return LabelledImages(files, labels, [], tree)
+            return LabelledImages(files, labels, [], num_classes, tree)
 
     # None, or by the top folders.
     loose = [name for name in files if "/" not in name]
     if len(loose) == len(files):
-        return LabelledImages(files, [0] * len(files), [], tree)
+        return LabelledImages(files, [0] * len(files), [], 1, tree)
     if loose:
         found = f"{len(loose)} images lie beside the class folders in {root} (first: {loose[0]})"
         raise InputError(f"--imagenet-path: {found}; either all or none may")
@@ -89,7 +90,8 @@ def list_images(root: Path) -> LabelledImages:
         refuse_splits(tree, labelled=True)
     _say_what_is_odd(tree)
     index = {name: i for i, name in enumerate(tree.folders)}
-    return LabelledImages(files, [index[name.split("/", 1)[0]] for name in files], tree.folders, tree)
+    labels = [index[name.split("/", 1)[0]] for name in files]
+    return LabelledImages(files, labels, tree.folders, len(tree.folders), tree)
 
 
 def _say_what_is_odd(tree: ImageTree) -> None:
@@ -108,20 +110,24 @@ def _say_what_is_odd(tree: ImageTree) -> None:
             logger.warning("%s: classes are labelled in the order %s", tree.root, order)
 
     # One class, with folders in it: perhaps those are the classes.
-    if len(holding) == 1:
-        (only,) = holding
-        inner = {name.split("/")[1] for name in tree.files if name.count("/") > 1}
+    if only := folder_of_all(tree.files):
+        below = [name[len(only) + 1 :] for name in tree.files]
+        inner = {name.split("/", 1)[0] for name in below if "/" in name}
         if len(inner) > 1:
-            what = f"all images are of one class, {only}; its {len(inner)} folders are no classes"
+            what = f"all images are of one class, {some([only.split('/')[0]])}; its {len(inner)} folders are no classes"
             logger.warning("%s: %s: for those give %s", tree.root, what, tree.root / only)
-    parts = [name for name in names if SPLIT.fullmatch(name)]
-    if len(parts) > 1:
+    if len(parts := split_names(names)) > 1:
         logger.warning("%s: %s are taken as classes, like the folders beside them", tree.root, some(parts))
 
 
 def some(names: list) -> str:
     """The first few of a list, in words."""
-    return ", ".join(map(str, names[:5])) + (", ..." if len(names) > 5 else "")
+    return ", ".join(printable(str(name)) for name in names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def printable(name: str) -> str:
+    """A name of any characters in one line: a newline, or what is not UTF-8, as its escape."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in name)
 
 
 def empty_classes(labels: list[int], num_classes: int) -> dict | None:

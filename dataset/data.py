@@ -74,8 +74,9 @@ class ImageData:
 
     @property
     def num_classes(self) -> int:
-        """The data folder's own number of classes: its class names, with or without images; else its labels'."""
-        return max(len(self.info.get("class_names") or ()), int(self.labels.max()) + 1)
+        """The data folder's own number of classes, with or without images: as it says, by names or labels."""
+        said = (self.info.get("num_classes") or 0, len(self.info.get("class_names") or ()))
+        return max(*said, int(self.labels.max()) + 1)
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -25,9 +25,15 @@ ORIENTATION = 0x0112  # EXIF tag; 1: as it lies, 2 to 8: to be turned or mirrore
 _SYSTEM = ("__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 
 # Names of top folders that are parts of a data set, not classes; and of what lies beside a folder of images.
-SPLIT = re.compile(r"(train|training|val|valid|validation|test|testing)([-_ ]?(set|data|images|\d+))?", re.IGNORECASE)
+_SPLIT = re.compile(r"(train|training|val|valid|validation|test|testing)([-_ ]?(set|data|images|\d+))?", re.IGNORECASE)
+_SPLIT_WORD = r"train(?:ing|val)?|val(?:id(?:ation)?)?|test(?:ing)?|dev|eval(?:uation)?|holdout|pred|unlabell?ed"
+_HAS_SPLIT_WORD = re.compile(  # "seg_train", "trainA", "DIV2K_valid_HR"
+    rf"(?P<before>.*?[-_ .])??(?P<word>{_SPLIT_WORD})(?:set|data|images?|[AB]|\d.*)?(?:[-_ .].*)?",
+    re.IGNORECASE | re.DOTALL,
+)
 _IMAGES = re.compile(r"images?|imgs?|jpegimages", re.IGNORECASE)
 _BESIDE = re.compile(r"(labels?|annotations?|masks?|bboxes|imagesets|metadata)([-_ ]?\w*)?", re.IGNORECASE)
+_MOST_KINDS = 100  # of files left out; the record stays small whatever lies there
 
 
 @functools.cache
@@ -43,8 +49,9 @@ class ImageTree:
 
     Attributes:
         files: the images, relative to `root`, with "/", in the order of their parts.
-        folders: all top folders but hidden ones and the system's, sorted, whatever they hold.
-        left_out: how many other files of each suffix ("no suffix"), and "hidden" files and folders, and "links back".
+        folders: all top folders but hidden ones, the system's and data folders, sorted, whatever they hold.
+        left_out: how many other files of each suffix ("no suffix"; "other": numbers and long ones; "odd suffix": one
+            that cannot be printed), and "hidden" files and folders, "data folders", "links back" and "broken links".
     """
 
     root: Path
@@ -59,17 +66,20 @@ class ImageTree:
         return ", ".join([f"{count} {kind}" for kind, count in shown] + ([f"{rest} others"] if rest else []))
 
 
-def walk_images(root: Path) -> ImageTree:
+def walk_images(root: Path, output: Path | None = None) -> ImageTree:
     """All image files below a folder, by their suffix. Links are followed, also to folders; circles are cut.
 
-    Hidden files and folders, and those that a file system keeps for itself (`@eaDir` ...), are not entered.
+    Hidden files and folders, those that a file system keeps for itself (`@eaDir` ...), and data folders of
+    preprocessing.py are not entered.
 
+    Args:
+        output: a folder that is to become a data folder; it counts as one.
     Raises:
-        InputError: a folder that cannot be read, or no image at all.
+        InputError: a folder that cannot be read, no image at all, or images in `output`.
     """
     tree = ImageTree(root)
     try:
-        _walk(tree, "", ())
+        _walk(tree, "", (), output=_identity(output) if output is not None and output.exists() else None)
     except OSError as error:
         raise InputError(f"{error.filename} cannot be read: {error.strerror}") from error
     if not tree.files:
@@ -79,30 +89,79 @@ def walk_images(root: Path) -> ImageTree:
     return tree
 
 
-def _walk(tree: ImageTree, folder: str, ancestors: tuple) -> None:
-    """Add what lies below a folder; `ancestors`: (device, inode) of those above."""
+def _walk(tree: ImageTree, folder: str, ancestors: tuple, *, output: tuple[int, int] | None) -> None:
+    """Add what lies below a folder; `ancestors`: (device, inode) of those above; `output`: of the folder to write."""
     status = (tree.root / folder).stat()
     ancestors = (*ancestors, (status.st_dev, status.st_ino))
     with os.scandir(tree.root / folder) as scan:
         entries = sorted(scan, key=lambda entry: entry.name)
+    gone_classes = set() if folder else _gone_classes(entries)
     for entry in entries:
         name, is_folder = posixpath.join(folder, entry.name), _is_folder(entry)
         is_image = entry.name.lower().endswith(image_suffixes())
-        is_system = is_folder and (entry.name.startswith("@") or entry.name in _SYSTEM)
-        if entry.name.startswith(".") or is_system:
+        if _is_hidden(entry):
             tree.left_out["hidden"] += 1
         elif is_folder and _identity(entry) in ancestors:
             tree.left_out["links back"] += 1
+        elif is_folder and _is_data_folder(Path(entry)):
+            tree.left_out["data folders"] += 1
+        elif is_folder and _identity(entry) == output:
+            _walk(inside := ImageTree(Path(entry)), "", ancestors, output=None)
+            if inside.files:
+                raise InputError(f"{Path(entry)} holds images; another --output-path is needed")
+            tree.left_out["data folders"] += 1
         elif is_folder:
-            if not folder:
+            files, left_out = len(tree.files), tree.left_out.copy()
+            _walk(tree, name, ancestors, output=output)
+            only_data = len(tree.files) == files and set(tree.left_out - left_out) == {"data folders"}
+            if not folder and not only_data:
                 tree.folders.append(name)
-            _walk(tree, name, ancestors)
         elif is_image:
             tree.files.append(name)
-        elif not folder and entry.is_symlink() and not Path(entry).exists():
-            tree.folders.append(name)  # a class that was linked to and is gone: the others keep their labels
+        elif name in gone_classes:
+            tree.folders.append(name)
+        elif _is_broken(entry):
+            tree.left_out["broken links"] += 1
         else:
-            tree.left_out[posixpath.splitext(entry.name)[1].lower() or "no suffix"] += 1
+            kind = _kind(entry.name)
+            tree.left_out[kind if kind in tree.left_out or len(tree.left_out) < _MOST_KINDS else "other"] += 1
+
+
+def _gone_classes(entries: list[os.DirEntry]) -> set[str]:
+    """Links at the top that lead nowhere and were to class folders: the other classes keep their labels.
+
+    Only where there are no files beside, and without a suffix; else they may have been to files.
+    """
+    seen = [entry for entry in entries if not _is_hidden(entry)]
+    gone = {entry.name for entry in seen if _is_broken(entry) and not posixpath.splitext(entry.name)[1]}
+    return gone if all(entry.name in gone or _is_folder(entry) for entry in seen) else set()
+
+
+def _kind(name: str) -> str:
+    """What a file that is left out is counted as; numbers and long suffixes would be as many as there are files."""
+    suffix = posixpath.splitext(name)[1].lower()
+    if not suffix.isprintable():
+        return "odd suffix"
+    if suffix[1:].isdecimal() or len(suffix) > 9:
+        return "other"
+    return suffix or "no suffix"
+
+
+def _is_data_folder(folder: Path) -> bool:
+    """Whether preprocessing.py wrote it."""
+    return (folder / "images.npy").is_file() and (folder / "dataset.json").is_file()
+
+
+def _is_hidden(entry: os.DirEntry) -> bool:
+    is_system = entry.name.startswith("@") or entry.name in _SYSTEM
+    return entry.name.startswith(".") or (is_system and _is_folder(entry))
+
+
+def _is_broken(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_symlink() and not Path(entry).exists()
+    except OSError:  # a link to where nothing may be read
+        return True
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
@@ -112,21 +171,51 @@ def _is_folder(entry: os.DirEntry) -> bool:
         return False
 
 
-def _identity(entry: os.DirEntry) -> tuple[int, int]:
+def _identity(entry: os.DirEntry | Path) -> tuple[int, int]:
     status = entry.stat()
     return status.st_dev, status.st_ino
 
 
+def folder_of_all(files: list[str]) -> str:
+    """The deepest folder that holds all files, relative like them; "" for the root."""
+    return posixpath.commonpath({posixpath.dirname(name) for name in files})
+
+
+def split_names(names: list[str]) -> list[str]:
+    """Those of some folders that are named as the parts of a data set: `train` and `val`, `seg_train` and `seg_test`.
+
+    A name that only has such a word in it is one where another is with it, one of them says "train", and they differ in
+    the word or after it (`trainA`, `trainB`): `bullet_train` and `steam_train` are classes.
+    """
+    matches = {name: match for name in names if (match := _HAS_SPLIT_WORD.fullmatch(name))}
+    words = {match["word"][:2].lower() for match in matches.values()}  # two letters tell them apart
+    prefixes = {match["before"] for match in matches.values()}
+    with_word = len(matches) > 1 and "tr" in words and (len(words) > 1 or len(prefixes) == 1)
+    return [name for name in names if _SPLIT.fullmatch(name) or (with_word and name in matches)]
+
+
 def refuse_splits(tree: ImageTree, *, labelled: bool) -> None:
     """Refuse a folder whose top folders are the parts of a data set, and name the one to give instead.
+
+    Where all images are in one folder, the same holds for the folders in that one, and so on.
 
     Args:
         labelled: top folders would be classes; else their images would only be thrown together.
     Raises:
         InputError: `train` and `val`, or `images` beside `labels`, and no other folder with images.
     """
+    _refuse_parts(tree, labelled)
+    inner = folder_of_all(tree.files)
+    for depth in range(1, len(inner.split("/")) + 1 if inner else 1):
+        folder = "/".join(inner.split("/")[:depth])
+        files = [name[len(folder) + 1 :] for name in tree.files]
+        folders = sorted({name.split("/", 1)[0] for name in files if "/" in name})
+        _refuse_parts(ImageTree(tree.root / folder, files, folders), labelled)
+
+
+def _refuse_parts(tree: ImageTree, labelled: bool) -> None:
     holding = {name.split("/", 1)[0] for name in tree.files if "/" in name}
-    parts = [name for name in tree.folders if SPLIT.fullmatch(name) or _IMAGES.fullmatch(name)]
+    parts = [*split_names(tree.folders), *(name for name in tree.folders if _IMAGES.fullmatch(name))]
     beside = [name for name in tree.folders if _BESIDE.fullmatch(name)]
     if not holding & set(parts) or holding - set(parts) - set(beside):
         return
@@ -138,7 +227,7 @@ def refuse_splits(tree: ImageTree, *, labelled: bool) -> None:
     else:
         apart = len(holding) > 1
     if apart:
-        instead = sorted(holding & set(parts), key=lambda name: (not name.lower().startswith("train"), name))
+        instead = sorted(holding & set(parts), key=lambda name: ("train" not in name.lower(), name))
         found = f"{tree.root} holds {', '.join(sorted({*parts, *beside}))}: parts of a data set, not its classes"
         raise InputError(f"{found}; give {' or '.join(str(tree.root / name) for name in instead)}")
 

@@ -86,9 +86,9 @@ def write_data_folder(
         stop_on_error: an unreadable image is an error; else it is left out.
         exif_orientation: turn images as their EXIF tag says.
     Returns:
-        the contents of dataset.json. Where there is something to say, it has `left_out` (files that are no images, by
-        suffix), `empty_classes` (as `dataset.class_labels.empty_classes`), `exif_turns` (how many images EXIF asks to
-        turn).
+        the contents of dataset.json. Where there is something to say, it has `num_classes` (where neither names nor
+        labels show it), `left_out` (files that are no images, by suffix), `empty_classes` (as
+        `dataset.class_labels.empty_classes`), `exif_turns` (how many images EXIF asks to turn).
     Raises:
         InputError: disk too small, an unreadable image with `stop_on_error`, or no readable one. Nothing is written.
     """
@@ -117,7 +117,9 @@ def write_data_folder(
             "skipped": [{"file": name, "reason": reason} for name, reason in skipped.items()],
             "sources": [files[i] for i in kept],
         }
+        is_shown = images.class_names or max(labels) + 1 == images.num_classes
         notes = {
+            "num_classes": None if is_shown else images.num_classes,
             "left_out": dict(sorted(images.tree.left_out.items())),
             "empty_classes": empty_classes(labels, images.num_classes),
             "exif_turns": turns,

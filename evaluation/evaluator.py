@@ -149,12 +149,19 @@ def extract(
         for indices, images in read_batches(source, batch_size, rank=rank(), world_size=world_size()):
             stream.add(images, indices)
             bar.update(min(len(source) - bar.n, batch_size * world_size()))
+    notes += turn_notes(source)
+    return replace(stream.finish(), notes=tuple(notes))
+
+
+def turn_notes(source) -> list[str]:
+    """How many images of a source, read once by all processes together, EXIF asks to turn: said, and for the record."""
     turns = torch.tensor(float(source.turns))
     all_sum(turns)
-    if turns:
-        notes.append(f"{source.name}: {int(turns)} images ask by EXIF to be turned; they were read as they lie")
-        say(notes[-1])
-    return replace(stream.finish(), notes=tuple(notes))
+    notes = (
+        [f"{source.name}: {int(turns)} images ask by EXIF to be turned; they were read as they lie"] if turns else []
+    )
+    say(*notes)
+    return notes
 
 
 class Evaluator:

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from dataset.class_labels import LabelledImages, empty_classes, list_images
+from dataset.class_labels import LabelledImages, empty_classes, list_images, some
 from dataset.image_files import ImageTree
 from tests.dataset.test_image_files import touch
 from utils.errors import InputError
@@ -60,15 +60,31 @@ def test_classes_that_may_not_be_meant_are_said(tmp_path, caplog):
     (tmp_path / "x").rename(tmp_path / "z" / "x")
     list_images(tmp_path / "z")
     assert f"of one class, x; its 2 folders are no classes: for those give {tmp_path / 'z' / 'x'}" in caplog.text
+    caplog.clear()
+    (tmp_path / "w" / "u").mkdir(parents=True)
+    (tmp_path / "z" / "x").rename(tmp_path / "w" / "u" / "x")
+    list_images(tmp_path / "w")
+    assert f"of one class, u; its 2 folders are no classes: for those give {tmp_path / 'w/u/x'}" in caplog.text
+
+
+def test_names_are_said_in_one_line_whatever_is_in_them():
+    assert some(["a\nb", "c\udcff", "Köln", 3]) == "a\\nb, c\\udcff, Köln, 3"
+
+
+def test_a_file_of_labels_fixes_the_number_of_classes(tmp_path):
+    touch(tmp_path, "1.png", "2.png", "3.png")
+    (tmp_path / "dataset.json").write_text('{"labels": [["1.png", 0], ["2.png", 1], ["3.png", 6]]}')
+    found = list_images(tmp_path)
+    assert found.num_classes == found.at_most(2).num_classes == 7
 
 
 def test_a_part_of_the_images_has_as_many_of_every_class_as_can_be():
     labels = [0] * 5 + [1] * 2 + [2] * 9
-    whole = LabelledImages([f"{i:02}.png" for i in range(16)], labels, ["a", "b", "c"], ImageTree(None))
+    whole = LabelledImages([f"{i:02}.png" for i in range(16)], labels, ["a", "b", "c"], 3, ImageTree(None))
     for count in range(1, 17):
         part = whole.at_most(count)
         assert part.files == sorted(part.files) and len(part.files) == count
-        assert part.labels == [labels[int(name[:2])] for name in part.files]
+        assert part.labels == [labels[int(name[:2])] for name in part.files] and part.num_classes == 3
         number = Counter(part.labels)
         level = max(number.values())
         assert all(number[c] >= min(level - 1, labels.count(c)) for c in range(3))

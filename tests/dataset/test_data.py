@@ -50,6 +50,18 @@ def test_items_come_in_the_order_asked_for(data):
     assert (len(data), data.resolution) == (COUNT, RESOLUTION)
 
 
+def test_the_number_of_classes_is_the_largest_that_anything_says(tmp_path):
+    for i, (info, number) in enumerate(
+        [
+            ({}, 5),
+            ({"num_classes": 9, "class_names": []}, 9),
+            ({"class_names": list("abcdefg")}, 7),
+            ({"num_classes": 2}, 5),
+        ]
+    ):
+        assert ImageData(write_data(tmp_path / str(i), **info)).num_classes == number
+
+
 def test_a_pickled_data_set_carries_a_path_instead_of_pixels(data):
     pickled = pickle.dumps(data)
     assert len(pickled) < 500

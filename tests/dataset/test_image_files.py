@@ -53,7 +53,47 @@ def test_links_are_followed_and_circles_cut(tmp_path):
     tree = walk_images(root)
     assert tree.files == ["a/1.png", "a/2.png", "a/3.png", "b/1.png", "b/deep/2.png"]
     assert tree.folders == ["a", "b", "c"]  # c: a class whose link leads nowhere
-    assert tree.left_out == {"links back": 2, "no suffix": 1}
+    assert tree.left_out == {"links back": 2, "broken links": 1}
+
+
+def test_broken_links_are_classes_among_folders_only(tmp_path):
+    touch(tmp_path, "cat/1.png", ".cache")
+    for name in ("ant", "zebra"):
+        (tmp_path / name).symlink_to(tmp_path / "gone")
+    assert walk_images(tmp_path).folders == ["ant", "cat", "zebra"]
+    (tmp_path / "labels.csv").symlink_to(tmp_path / "gone.csv")
+    tree = walk_images(tmp_path)
+    assert (tree.folders, tree.left_out) == (["cat"], {"hidden": 1, "broken links": 3})
+    (tmp_path / "labels.csv").unlink()
+    touch(tmp_path, "labels.csv")
+    assert walk_images(tmp_path).folders == ["cat"]
+
+
+def test_data_folders_are_no_classes_wherever_they_lie(tmp_path):
+    touch(tmp_path, "cat/1.png", "dog/1.png", "dog/data/2.png", "cats/run/1.txt", "run/1.txt")
+    for name in ("bus", "dog/data", "a/data", "run/data"):
+        touch(tmp_path, f"{name}/images.npy", f"{name}/dataset.json")
+    (tmp_path / "elk").mkdir()
+    tree = walk_images(tmp_path)
+    assert tree.files == ["cat/1.png", "dog/1.png"] and tree.folders == ["cat", "cats", "dog", "elk", "run"]
+    assert tree.left_out == {"data folders": 4, ".txt": 2}
+
+
+def test_the_folder_to_write_is_no_class_and_holds_no_image(tmp_path):
+    touch(tmp_path, "cat/1.png", "out/images.npy.tmp-1", "dog/1.png")
+    assert walk_images(tmp_path, tmp_path / "out").folders == ["cat", "dog"]
+    assert walk_images(tmp_path, tmp_path / "new").folders == ["cat", "dog", "out"]
+    with pytest.raises(InputError, match=f"^{tmp_path}/cat holds images; another --output-path is needed"):
+        walk_images(tmp_path, tmp_path / "cat")
+
+
+def test_the_record_of_what_is_left_out_stays_small_and_printable(tmp_path):
+    touch(tmp_path, "1.png", *(f"{i}.{i}" for i in range(7)), "x.0123456789abcdef", "x.npy", "x.a\nb", "x.7z")
+    (tmp_path / os.fsdecode(b"y.\xff")).write_bytes(b"")
+    assert walk_images(tmp_path).left_out == {"other": 8, ".npy": 1, "odd suffix": 2, ".7z": 1}
+    touch(tmp_path, *(f"x.a{i}" for i in range(200)))
+    tree = walk_images(tmp_path)
+    assert len(tree.left_out) <= 101 and tree.left_out.total() == 212
 
 
 def test_a_folder_without_images_says_what_it_holds(tmp_path):
@@ -78,6 +118,19 @@ SPLITS = [  # files, refused as classes, refused as one set
     (["train/1.png", "car/1.png", "bus/1.png"], False, False),
     (["label/1.png", "mask/1.png"], False, False),
     (["trainer/a/1.png", "valley/1.png"], False, False),
+    (["seg_train/a/1.png", "seg_test/a/1.png"], True, True),
+    (["train/a/1.png", "eval/a/1.png"], True, True),
+    (["Train/1.png", "Dev/1.png"], True, True),
+    (["trainA/1.png", "trainB/1.png", "testA/1.png"], True, True),
+    (["train/1.png", "holdout/1.png"], True, True),
+    (["trainval/1.png", "test/1.png"], True, True),
+    (["X_train_HR/1.png", "X_train_LR/1.png"], True, True),
+    (["trainset/1.png", "TestData/1.png"], True, True),
+    (["bullet train/1.png", "steam_train/1.png"], False, False),
+    (["train/1.png", "bullet_train/1.png"], False, False),
+    (["test/1.png", "test_tube/1.png", "dev/1.png"], False, False),
+    (["seg_train/a/1.png", "seg_test/a/1.png", "cat/1.png"], False, False),
+    (["evaluator/1.png", "trainable/1.png", "testbed/1.png"], False, False),
 ]
 
 
@@ -92,6 +145,20 @@ def test_parts_of_a_data_set_are_no_classes(tmp_path, names, as_classes, as_one_
         instead = tmp_path / names[0].split("/")[0]
         with pytest.raises(InputError, match=f"parts of a data set, not its classes; give {instead}"):
             refuse_splits(tree, labelled=labelled)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_parts_in_the_only_folder_are_found(tmp_path, labelled):
+    touch(tmp_path, "a/b/train/cat/1.png", "a/b/val/cat/1.png", "notes/n.txt", "a/n.txt")
+    said = f"{tmp_path}/a/b holds train, val: parts of a data set, not its classes; give {tmp_path}/a/b/train or"
+    with pytest.raises(InputError, match=f"^{said}"):
+        refuse_splits(walk_images(tmp_path), labelled=labelled)
+
+
+def test_classes_below_the_only_folder_are_no_parts(tmp_path):
+    touch(tmp_path, "a/b/cat/1.png", "a/b/test/1.png", "a/1.png")
+    for labelled in (True, False):
+        refuse_splits(walk_images(tmp_path), labelled=labelled)
 
 
 @pytest.mark.parametrize("kind", ["text", "profile"])

@@ -267,6 +267,19 @@ def test_two_vaes_are_compared(vaes, capsys):
     assert "before (24 images)" in capsys.readouterr().out
 
 
+def test_images_that_exif_asks_to_turn_are_counted_once_whatever_is_measured(vaes, caplog):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (vaes / "turned").mkdir()
+    for i, image in enumerate(np.load(vaes / "images.npz")["arr_0"]):
+        Image.fromarray(image).save(vaes / "turned" / f"{i:02}.png", **({"exif": exif} if i < 5 else {}))
+    said = f"{vaes / 'turned'}: 5 images ask by EXIF to be turned; they were read as they lie"
+    for features in ([], ["--features", "none"]):
+        caplog.clear()
+        assert reconstruct(vaes, "--data-dir", vaes / "turned", *features)["notes"] == [said]
+        assert caplog.text.count(said) == 1
+
+
 def test_max_images_takes_so_many(vaes):
     assert reconstruct(vaes, "--max-images", 10, "--num-picture", 0)["count"] == 10
 

@@ -252,6 +252,20 @@ def test_labels_that_do_not_start_at_0_are_said_and_recorded(tree, tmp_path, cap
     assert "dataset.json: labels run from 1 to 3, and no image has 0, 2 (empty classes: 2)" in caplog.text
 
 
+def test_the_last_labels_of_a_file_are_classes_also_without_an_image(tree, tmp_path, capsys):
+    write_labels(tree, [[name, i] for i, name in enumerate(FILES)])
+    data, info = run(tree, tmp_path / "whole")
+    assert data.num_classes == 5 and "num_classes" not in info  # the labels show it
+    data, info = run(tree, tmp_path / "part", "--max-images", 3)
+    assert data.num_classes == info["num_classes"] == 5 and info["empty_classes"] == {"count": 2, "first": [3, 4]}
+    printed = capsys.readouterr()
+    assert "3 images of 16 x 16, 5 classes, " in printed.out and "2 of 5 classes have no image in" in printed.err
+    for name in FILES[3:]:
+        (tree / name).write_bytes(b"")
+    data, info = run(tree, tmp_path / "damaged")
+    assert data.num_classes == info["num_classes"] == 5 and data.labels.tolist() == [0, 1, 2]
+
+
 @pytest.mark.parametrize("content", ['{"author": "me"}', "[]"])
 def test_a_dataset_json_of_another_kind_is_ignored_aloud(tree, tmp_path, caplog, content):
     (tree / "dataset.json").write_text(content)
@@ -315,6 +329,15 @@ def test_an_existing_data_folder_stays_unless_overwritten(tree, tmp_path, refuse
     assert len(data) == 6 and (output / "vae.npy").read_bytes() == b"latents"
 
 
+def test_a_data_folder_among_the_classes_is_none_of_them(tree, tmp_path, refused):
+    before, info = run(tree, tree / "aa" / "data")
+    after, again = run(tree, tree / "aa" / "data", "--overwrite")
+    assert after.labels.tolist() == before.labels.tolist() and after.fingerprint == before.fingerprint
+    assert again["class_names"] == info["class_names"] == ["a", "a-b", "b"]
+    assert again["left_out"] == {**info["left_out"], "data folders": 1}
+    assert "a-b holds images; another --output-path is needed" in refused(tree, output=tree / "a-b")
+
+
 def test_a_public_data_folder_gets_the_files_beside_its_own(tree, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "images.h5").write_bytes(b"public")
@@ -343,6 +366,21 @@ def test_a_killed_process_is_one_line(tree, refused, monkeypatch):
     monkeypatch.setattr(preprocess, "_Turns", lambda context: 9)
     assert "processes was killed" in refused(tree)
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_names_of_any_bytes_are_printed_and_written(tree, tmp_path):
+    for name in (b"a/x.\xff", b"a/\xff.png", b"a/n\nn.png"):
+        (tree / os.fsdecode(name)).write_bytes(b"")
+    output = tmp_path / os.fsdecode(b"out\xff\xc3\xb6")
+    command = [sys.executable, "preprocessing.py", "--imagenet-path", tree, "--output-path", output]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}
+    done = subprocess.run(
+        [*command, "--num-workers", "1", "--resolution", "16"], capture_output=True, text=True, env=environment
+    )
+    skipped = ["skipped a/n\\nn.png: empty file", "skipped a/\\udcff.png: empty file"]
+    assert done.returncode == 0 and done.stderr.splitlines() == skipped
+    assert ", 1 odd suffix, " in done.stdout and done.stdout.endswith("out\\udcff\\xf6\n")
+    assert json.loads((output / "dataset.json").read_text())["left_out"] == {".txt": 1, "hidden": 2, "odd suffix": 1}
 
 
 def test_the_command_prints_one_line(tree, tmp_path):
