@@ -1,6 +1,8 @@
 """Pickles of plain values and numeric arrays (EDM2's references), read without running anything that is in them."""
 
+import io
 import pickle
+import pickletools
 import re
 from pathlib import Path
 
@@ -8,7 +10,8 @@ import numpy as np
 
 from utils.errors import InputError
 
-_DEPTH = 4  # of dicts in dicts
+_DEPTH = 2  # of dicts in dicts: {metric: {"mu": ..., "sigma": ...}}
+_LARGEST = 2**30  # bytes of a file; EDM2's have some 50 MB
 # What the C and Python unpicklers raise on a damaged or made-up file.
 _BROKEN = (
     pickle.UnpicklingError,
@@ -17,6 +20,7 @@ _BROKEN = (
     AttributeError,
     ImportError,
     LookupError,
+    MemoryError,
     RecursionError,
     TypeError,
     ValueError,
@@ -36,14 +40,29 @@ def read_pickled_numbers(path: str | Path) -> dict:
     if not path.is_file():
         raise InputError(f"{path} does not exist")
     try:
-        with path.open("rb") as file:
-            contents = _plain(_Reader(file).load(), _DEPTH)
+        if path.stat().st_size > _LARGEST:
+            raise pickle.UnpicklingError(f"it has more than {_LARGEST >> 20} MB")
+        data = path.read_bytes()
+        require_modest(data)
+        contents = _plain(_Reader(io.BytesIO(data)).load(), _DEPTH, set())
     except _BROKEN as error:
         problem = f"{path} cannot be read as a pickle of numbers ({str(error) or type(error).__name__})"
         raise InputError(f"{problem}; nothing else is unpickled") from None
     if not isinstance(contents, dict):
         raise InputError(f"{path} holds a {type(contents).__name__}; a dict is needed")
     return contents
+
+
+def require_modest(data: bytes) -> None:
+    """Refuse a pickle that asks for more memory than it has bytes; looking at its opcodes runs nothing.
+
+    Raises:
+        ValueError: a length beyond the end of the file.
+        pickle.UnpicklingError: a memo that is larger than the file.
+    """
+    for opcode, argument, _ in pickletools.genops(io.BytesIO(data)):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(data):
+            raise pickle.UnpicklingError(f"it remembers {argument} values in {len(data)} bytes")
 
 
 class _Reader(pickle.Unpickler):
@@ -88,11 +107,14 @@ class _Array:
         self.fill(data, kind, shape, is_fortran)
 
 
-def _plain(value, depth: int):
+def _plain(value, depth: int, seen: set[int]):
     if isinstance(value, _Array) and value.values is not None:
         return value.values
     if isinstance(value, dict) and depth:
-        return {str(key): _plain(item, depth - 1) for key, item in value.items()}
+        if id(value) in seen:  # copying it again and again could fill the memory
+            raise pickle.UnpicklingError("it holds one dict twice")
+        seen.add(id(value))
+        return {str(key): _plain(item, depth - 1, seen) for key, item in value.items()}
     if value is None or type(value) in (bool, int, float, str):
         return value
     raise pickle.UnpicklingError(f"it holds a {type(value).__name__}")

@@ -71,7 +71,7 @@ LOOP["fid"] = LOOP
         (pickle.dumps({"a": Fraction(1, 2)}), "an object of fractions.Fraction"),
         (pickle.dumps({"a": np.array(["text"])}), "an array of type 'U4'"),
         (pickle.dumps({"a": np.zeros(2, [("x", "f4")])}), "an array of type 'V4'"),
-        (pickle.dumps(LOOP), "it holds a dict"),
+        (pickle.dumps(LOOP), "it holds one dict twice"),
         (pickle.dumps([1, 2]), "it holds a list"),
         (pickle.dumps(3), "holds a int; a dict is needed"),
         (pickle.dumps(REFERENCE)[:-50], "cannot be read"),
@@ -83,3 +83,25 @@ def test_anything_else_is_one_line(tmp_path, contents, words):
     (tmp_path / "r.pkl").write_bytes(contents)
     with pytest.raises(InputError, match=words):
         read_pickled_numbers(tmp_path / "r.pkl")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x80\x04\x8e" + (1 << 45).to_bytes(8, "little") + b"abc.",  # BINBYTES8 of 32 TB
+        b"\x80\x04Nr" + (0x20000000).to_bytes(4, "little") + b".",  # a memo of half a billion entries
+        b"\x80\x04\x95" + (1 << 45).to_bytes(8, "little") + b"}.",  # a frame beyond the end
+    ],
+)
+def test_a_file_that_asks_for_more_memory_than_it_has_bytes_is_refused(tmp_path, data):
+    (tmp_path / "r.pkl").write_bytes(data)
+    with pytest.raises(InputError, match="cannot be read as a pickle of numbers"):
+        read_pickled_numbers(tmp_path / "r.pkl")
+
+
+def test_dicts_that_are_shared_or_nested_too_deep_are_refused(tmp_path):
+    inner = {"mu": 1.0}
+    for contents in ({"a": inner, "b": inner}, {"a": {"b": {"c": 1.0}}}):
+        (tmp_path / "r.pkl").write_bytes(pickle.dumps(contents))
+        with pytest.raises(InputError, match="it holds "):
+            read_pickled_numbers(tmp_path / "r.pkl")
