@@ -36,7 +36,7 @@ def read_torch_file(path: str | Path) -> dict:
     if not path.is_file():
         raise InputError(f"{path} does not exist")
     try:
-        is_stored = _is_stored_zip(path)
+        is_stored = is_stored_zip(path)
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol")  # what it cannot read ends in an error
             contents = torch.load(path, map_location="cpu", weights_only=True, mmap=is_stored)
@@ -54,7 +54,7 @@ def read_torch_file(path: str | Path) -> dict:
     return contents
 
 
-def _is_stored_zip(path: Path) -> bool:
+def is_stored_zip(path: Path) -> bool:
     """A zip whose members lie in it as they are: torch maps a compressed one all the same, and reads garbage."""
     with path.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":  # torch before 1.6
