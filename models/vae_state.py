@@ -121,7 +121,7 @@ def find_state(contents: Mapping, what: str, say: Say = log_line) -> dict[str, T
     for key, value in own.items():
         if not isinstance(value, Tensor):
             raise InputError(f"{what}: {key!r} is a {type(value).__name__}; a tensor is needed")
-        if not value.is_floating_point():  # quantised, whose scale lies elsewhere
+        if not value.is_floating_point() and key.startswith(PARTS):  # quantised, whose scale lies elsewhere
             raise InputError(f"{what}: {key!r} is {value.dtype}; floating point is needed")
     return own
 
@@ -193,7 +193,7 @@ def choose_config(
     """
     recorded = vae_models[recorded] if isinstance(recorded, str) else recorded
     if arch != "auto":
-        check_fit(state[_MARK].shape[1], _levels(state), vae_models[arch], what, wanted)
+        check_fit(_channels(state, what), _levels(state), vae_models[arch], what, wanted)
         for key in UNSEEN if recorded else ():
             ours, theirs = (
                 {"norm_num_groups": 32, "act_fn": "silu"} | dict(one) for one in (vae_models[arch], recorded)
@@ -209,6 +209,13 @@ def choose_config(
     unseen = "fits no public shape, and tensors do not show the groups of its norms"
     needed = "its diffusers folder, or that folder's config.json in diffusers/ beside the file"
     raise InputError(f"{what} does not say its architecture: it {unseen}; {wanted} needs {needed}")
+
+
+def _channels(state: Mapping[str, Tensor], what: str) -> int:
+    """Channels of the latents."""
+    if state[_MARK].ndim != 4:
+        raise InputError(f"{what} has {_MARK!r} of shape {tuple(state[_MARK].shape)}; four axes are needed")
+    return state[_MARK].shape[1]
 
 
 def _widths(state: Mapping[str, Tensor]) -> list[int]:
@@ -245,7 +252,8 @@ def vae_from_state(state: Mapping, config: str | Mapping, what: str, wanted: str
     if isinstance(config, str):
         config = choose_config(state, config, None, what, wanted)
     vae = _on_meta(config, what)
-    check_fit(state[_MARK].shape[1], _levels(state), vae.config, what, wanted)  # complete: with diffusers' defaults
+    # The network's configuration is complete: with diffusers' defaults.
+    check_fit(_channels(state, what), _levels(state), vae.config, what, wanted)
     if problem := _problem(state, vae, wanted):
         raise InputError(f"{what} {problem}")
 

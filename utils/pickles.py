@@ -58,11 +58,11 @@ def require_modest(data: bytes) -> None:
 
     Raises:
         ValueError: a length beyond the end of the file.
-        pickle.UnpicklingError: a memo that is larger than the file.
+        InputError: a memo that is larger than the file.
     """
     for opcode, argument, _ in pickletools.genops(io.BytesIO(data)):
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(data):
-            raise pickle.UnpicklingError(f"it remembers {argument} values in {len(data)} bytes")
+            raise InputError(f"it remembers {argument} values in {len(data)} bytes")
 
 
 class _Reader(pickle.Unpickler):

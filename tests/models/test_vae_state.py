@@ -138,6 +138,12 @@ def test_integers_are_no_weights(arch, tiny, tmp_path):
     assert "'encoder.conv_in.weight' is torch.int8; floating point is needed" in message
 
 
+def test_a_decoder_that_is_no_convolution_is_one_line(tiny, tmp_path):
+    torch.save(to_ldm(tiny) | {"decoder.conv_in.weight": torch.tensor(1.0)}, tmp_path / "x.pt")
+    assert "'decoder.conv_in.weight' of shape (); four axes" in refusal(load_vae, TINY, tmp_path / "x.pt")
+    refusal(load_vae, "auto", tmp_path / "x.pt")
+
+
 def test_another_pickle_protocol_gives_the_same_network(tiny, tmp_path, said):
     torch.save(to_ldm(tiny), tmp_path / "x.pt", pickle_protocol=4)
     assert same_network(load_vae(TINY, tmp_path / "x.pt", say=said.append), tiny) and said == []
