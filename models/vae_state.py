@@ -131,7 +131,8 @@ def _entries(contents: Mapping, where: str = "") -> Iterator[tuple[str, object, 
         if key in CONTAINERS and isinstance(value, Mapping):
             yield from _entries(value, f"{where}{key}.")
         else:
-            yield where, key, value
+            # To print a tuple of tuples can take forever.
+            yield where, key if isinstance(key, str | int) else type(key).__name__, value
 
 
 def _one_of(places: list[tuple[str, str]], what: str, say: Say) -> tuple[str, str]:

@@ -18,7 +18,7 @@ from models.vae import build_vae, latent_statistics, load_vae, vae_config
 from models.vae_architecture import public_shapes
 from models.vae_files import save_vae_files, vae_of_checkpoint
 from models.vae_keys import to_ldm
-from models.vae_state import _problem, choose_config
+from models.vae_state import _problem, choose_config, find_state
 from tests.support.refusals import refusal
 
 TINY = "f4d4-tiny"
@@ -129,6 +129,15 @@ def test_plain_values_among_the_tensors_are_left_out_and_counted(tiny, tmp_path,
     assert said == [f"{tmp_path / 'x.pt'}: the VAE is what lies at its top; left out: epoch (1), optimizer (1)"]
     torch.save({**to_ldm(tiny), "encoder.conv_in.bias": 3}, tmp_path / "y.pt")
     assert "'encoder.conv_in.bias' is a int; a tensor is needed" in refusal(load_vae, TINY, tmp_path / "y.pt")
+
+
+def test_a_key_of_shared_tuples_is_left_out_at_once(tiny):
+    key = "a"
+    for _ in range(19):  # as text it would have a million parts
+        key = (key, key)
+    said = []
+    find_state({**to_ldm(tiny), key: 3}, "x.pt", said.append)
+    assert said == ["x.pt: the VAE is what lies at its top; left out: tuple (1)"]
 
 
 @pytest.mark.parametrize("arch", [TINY, "auto"])
