@@ -67,6 +67,10 @@ public_shapes: dict[str, dict] = vae_models | {
 UNSEEN = ("norm_num_groups", "act_fn")
 
 
+# What a configuration says beside the network: the size it was trained at, and how its latents and numbers are scaled.
+_BESIDE = ("sample_size", "scaling_factor", "shift_factor", "force_upcast")
+
+
 # The kinds
 
 
@@ -228,3 +232,17 @@ def vae_config(vae: nn.Module) -> dict:
     config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
     config = {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
     return named | {key: value for key, value in config.items() if key not in ("latents_mean", "latents_std")}
+
+
+def require_same_network(vae: nn.Module, arch: str, what: str, wanted: str) -> None:
+    """Refuse an AutoencoderKL that computes something else than the preset `arch`.
+
+    Raises:
+        InputError: the first difference.
+    """
+    with torch.device("meta"):
+        ours = vae_config(build_vae(arch))
+    theirs = vae_config(vae)
+    for key in ours:
+        if key not in _BESIDE and ours[key] != theirs.get(key):
+            raise InputError(f"{what} has {key} {theirs.get(key)}; {wanted} has {ours[key]}: 'auto' takes the folder's")

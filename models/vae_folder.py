@@ -2,19 +2,20 @@
 
 import json
 import re
+import zipfile
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import torch
 from diffusers.utils import logging as diffusers_logging
-from torch import nn
+from torch import Tensor, nn
 
-from models.vae_architecture import kinds_by_name, vae_models
-from models.vae_state import Say, check_fit
+from models.vae_architecture import kinds_by_name, require_same_network, vae_models
+from models.vae_state import PARTS, WEIGHTS, Say, check_fit, read_contents
 from utils.errors import InputError
 from utils.network import reachable
+from utils.torch_files import is_stored_zip
 
-WEIGHTS = "diffusion_pytorch_model"
 _SUFFIXES = (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")  # in the order of preference
 _HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:[:/]([\w.-]+))?")
 _PROBE_SECONDS = 5.0  # of the hub; with the first answer's eight no more than 15 in all
@@ -27,12 +28,11 @@ def load_folder(folder: Path, arch: str, wanted: str, say: Say) -> nn.Module:
     Raises:
         InputError: no such folder, a class that is not known here, another architecture, a missing or unknown key.
     """
-    if not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
-        folder = folder / "vae"  # a whole pipeline
-    try:
-        name = json.loads((folder / "config.json").read_text())["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"{folder} is no diffusers folder: a config.json with '_class_name' is needed") from None
+    if _class_name(folder) not in kinds_by_name and (folder / "vae" / "config.json").is_file():
+        folder = folder / "vae"  # a whole pipeline, which may have a configuration of its own
+    name = _class_name(folder)
+    if name is None:
+        raise InputError(f"{folder} is no diffusers folder: a config.json with '_class_name' is needed")
     if name not in kinds_by_name:
         raise InputError(f"{folder} holds a {name}; one of {', '.join(kinds_by_name)} is needed")
     vae = _from_pretrained(folder, kinds_by_name[name], say)
@@ -41,16 +41,34 @@ def load_folder(folder: Path, arch: str, wanted: str, say: Say) -> nn.Module:
             raise InputError(f"{folder} holds a {name}; {wanted} is an AutoencoderKL, and 'auto' takes the folder's")
         levels = len(vae.config["block_out_channels"])
         check_fit(vae.config["latent_channels"], levels, vae_models[arch], str(folder), wanted)
+        require_same_network(vae, arch, str(folder), wanted)
     return vae
+
+
+def _class_name(folder: Path) -> str | None:
+    try:
+        name = json.loads((folder / "config.json").read_text())["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return name if isinstance(name, str) else None
 
 
 def _from_pretrained(folder: Path, network: type, say: Say) -> nn.Module:
     variant = _variant(folder, say)
+    files = _weights(folder, variant)
+    for file in files:
+        _require_floats(file)
+    compressed = any(zipfile.is_zipfile(file) and not is_stored_zip(file) for file in files)
     verbosity = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)
     try:
         vae, report = network.from_pretrained(
-            str(folder), variant=variant, torch_dtype=torch.float32, output_loading_info=True, local_files_only=True
+            str(folder),
+            variant=variant,
+            torch_dtype=torch.float32,
+            output_loading_info=True,
+            local_files_only=True,
+            disable_mmap=compressed,  # `is_stored_zip` says why
         )
     except Exception as error:  # diffusers and safetensors have no common ancestor
         reason = str(error).split(". ")[0]
@@ -76,6 +94,26 @@ def _variant(folder: Path, say: Say) -> str | None:
         say(f"{folder}: it has only the variant {variant!r} of its weights, which was taken")
         return variant
     return None
+
+
+def _weights(folder: Path, variant: str | None) -> list[Path]:
+    """The files that diffusers will read: .safetensors, else .bin."""
+    # The variant stands before or after a shard's number.
+    middle = rf"(\.{variant})?(-\d+-of-\d+)?(\.{variant})?" if variant else r"(-\d+-of-\d+)?"
+    pattern = re.compile(rf"{WEIGHTS}{middle}\.(safetensors|bin)")
+    files = [file for file in folder.iterdir() if pattern.fullmatch(file.name)]
+    return [file for file in files if file.suffix == ".safetensors"] or files
+
+
+def _require_floats(file: Path) -> None:
+    """Refuse weights that diffusers would silently convert: quantised ones, whose scale lies elsewhere."""
+    try:
+        contents = read_contents(file, lambda _: None)
+    except InputError:
+        return  # diffusers says what is wrong with it
+    for key, value in contents.items():
+        if isinstance(value, Tensor) and not value.is_floating_point() and key.startswith(PARTS):
+            raise InputError(f"{file}: {key!r} is {value.dtype}; floating point is needed")
 
 
 # The hub
@@ -117,7 +155,9 @@ def _cached(repository: str, folders: tuple[str, ...]) -> Path | None:
     for folder in folders:
         config = try_to_load_from_cache(repository, f"{folder}config.json")
         weights = [try_to_load_from_cache(repository, f"{folder}{WEIGHTS}{suffix}") for suffix in _SUFFIXES]
-        if isinstance(config, str) and any(isinstance(path, str) for path in weights):
+        if not isinstance(config, str) or not any(isinstance(path, str) for path in weights):
+            continue
+        if folder == folders[-1] or _class_name(Path(config).parent) in kinds_by_name:
             return Path(config).parent
     return None
 
@@ -133,25 +173,29 @@ def _download(repository: str, folders: tuple[str, ...], name: str, say: Say) ->
     if not reachable(constants.ENDPOINT, _PROBE_SECONDS):
         raise InputError(offline)
     try:
+        # The first folder with a VAE's configuration, or else the last with any, whose class is named then.
+        found = None
         for folder in folders:
             try:
                 get_hf_file_metadata(hf_hub_url(repository, f"{folder}config.json"), timeout=_ANSWER_SECONDS)
             except errors.RemoteEntryNotFoundError:
                 continue
-            break
-        else:
+            found = folder
+            config = Path(hf_hub_download(repository, f"{folder}config.json"))
+            if _class_name(config.parent) in kinds_by_name:
+                break
+        if found is None:
             raise InputError(f"{name}: {' and '.join(f'{folder}config.json' for folder in folders)} are not on the hub")
 
-        # The configuration, and the first form of the weights that there is.
-        config = Path(hf_hub_download(repository, f"{folder}config.json"))
+        # The first form of its weights that there is.
         for suffix in _SUFFIXES:
             try:
-                hf_hub_download(repository, f"{folder}{WEIGHTS}{suffix}")
+                hf_hub_download(repository, f"{found}{WEIGHTS}{suffix}")
             except errors.RemoteEntryNotFoundError:
                 continue
             say(f"{name}: taken from the hub, revision {_revision(config.parent)}")
             return config.parent
-        raise InputError(f"{name}: the hub has no {folder}{WEIGHTS}.safetensors or .bin")
+        raise InputError(f"{name}: the hub has no {found}{WEIGHTS}.safetensors or .bin")
     except errors.GatedRepoError:
         terms = f"accept its terms on https://{address}/{repository} and log in with `hf auth login`"
         raise InputError(f"{name} is given out on conditions: {terms}") from None

@@ -18,7 +18,7 @@ from models.vae_keys import key_pairs
 from utils.distributed import rank
 from utils.errors import InputError
 from utils.inert import read_inert
-from utils.torch_files import ForeignObject, read_torch_file
+from utils.torch_files import NotPlain, read_torch_file
 
 logger = logging.getLogger(__name__)
 
@@ -27,9 +27,13 @@ Say = Callable[[str], object]  # takes a line about what was chosen or left out
 # What public training checkpoints of VAEs hold beside the VAE: losses, an EMA, VA-VAE's alignment to an encoder.
 FOREIGN_PREFIXES = ("loss.", "model_ema.", "foundation_model.", "linear_proj.")
 
+WEIGHTS = "diffusion_pytorch_model"  # what diffusers calls the file beside a config.json
+_STATISTICS = ("latents_mean", "latents_std")  # of particular weights, in a configuration
+
 CONTAINERS = ("state_dict", "model", "vae", "ema")
 _OUR_RECORD = ("vae_config", "args", "format", "steps")  # of a training checkpoint; `recorded_config` reads it
 _MARK = "decoder.conv_in.weight"  # every VAE has it, under LDM's names as under diffusers'
+PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 _PREFIX = re.compile(rf"((?:{'|'.join((*CONTAINERS, 'first_stage_model'))})\.)*")
 _WRAPPER = re.compile(r"(?<![^.])(?:module|_orig_mod)\.")  # DistributedDataParallel and torch.compile, at any depth
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -57,10 +61,12 @@ def read_contents(path: Path, say: Say) -> dict:
             raise InputError(f"{path} is no readable .safetensors file ({error})") from None
     try:
         return read_torch_file(path)
-    except ForeignObject:
+    except NotPlain:
         if not zipfile.is_zipfile(path):  # torch before 1.6
             raise
         contents, left_out = read_inert(path)
+    if not left_out:  # only the pickle's protocol was another
+        return contents
     objects = ", ".join(f"{count} of {name}" for name, count in left_out.most_common(4))
     objects += ", ..." * (len(left_out) > 4)
     say(f"{path}: {left_out.total()} objects of foreign classes were left out unread ({objects})")
@@ -78,7 +84,7 @@ def find_state(contents: Mapping, what: str, say: Say = log_line) -> dict[str, T
     What lies beside the VAE, or under `FOREIGN_PREFIXES`, is left out and counted.
 
     Raises:
-        InputError: no VAE, more than one, something in it that is no tensor.
+        InputError: no VAE, more than one, something in it that is no tensor of floating point.
     """
     # Every entry as (the dict it lies in, its name there without wrappers, its value).
     entries = [(where, _WRAPPER.sub("", str(key)), value) for where, key, value in _entries(contents)]
@@ -94,8 +100,10 @@ def find_state(contents: Mapping, what: str, say: Say = log_line) -> dict[str, T
     # The VAE's own, and what is left.
     own, others = {}, Counter()
     for where, key, value in entries:
-        if where == place[0] and key.startswith(place[1]):
-            key = _OLD_NAME.sub(lambda match: _OLD_ATTENTION[match[1]], key.removeprefix(place[1]))
+        inner = key.removeprefix(place[1])
+        is_beside = where != place[0] or not key.startswith(place[1])
+        if not is_beside and (isinstance(value, Tensor) or inner.startswith(PARTS)):
+            key = _OLD_NAME.sub(lambda match: _OLD_ATTENTION[match[1]], inner)
             if key in own:
                 raise InputError(f"{what} has the key {key!r} twice, once under an old name or a wrapper's")
             own[key] = value
@@ -104,7 +112,8 @@ def find_state(contents: Mapping, what: str, say: Say = log_line) -> dict[str, T
     if others:
         listed = ", ".join(f"{name} ({count})" for name, count in others.most_common(6))
         under = "".join(place).rstrip(".")
-        say(f"{what}: the VAE is what lies under {under!r}; left out: {listed}{', ...' * (len(others) > 6)}")
+        there = f"under {under!r}" if under else "at its top"
+        say(f"{what}: the VAE is what lies {there}; left out: {listed}{', ...' * (len(others) > 6)}")
     for prefix in FOREIGN_PREFIXES:
         if count := sum(key.startswith(prefix) for key in own):
             say(f"{what}: {count} keys under {prefix!r} are not the VAE's and were dropped")
@@ -112,6 +121,8 @@ def find_state(contents: Mapping, what: str, say: Say = log_line) -> dict[str, T
     for key, value in own.items():
         if not isinstance(value, Tensor):
             raise InputError(f"{what}: {key!r} is a {type(value).__name__}; a tensor is needed")
+        if not value.is_floating_point() and key.startswith(PARTS):  # quantised, whose scale lies elsewhere
+            raise InputError(f"{what}: {key!r} is {value.dtype}; floating point is needed")
     return own
 
 
@@ -120,7 +131,8 @@ def _entries(contents: Mapping, where: str = "") -> Iterator[tuple[str, object, 
         if key in CONTAINERS and isinstance(value, Mapping):
             yield from _entries(value, f"{where}{key}.")
         else:
-            yield where, key, value
+            # To print a tuple of tuples can take forever.
+            yield where, key if isinstance(key, str | int) else type(key).__name__, value
 
 
 def _one_of(places: list[tuple[str, str]], what: str, say: Say) -> tuple[str, str]:
@@ -146,8 +158,13 @@ def recorded_config(contents: Mapping) -> str | Mapping | None:
 
 
 def config_beside(path: Path, state: Mapping[str, Tensor], say: Say) -> Mapping | None:
-    """The configuration that lies with a file, as save_vae_weights.py and diffusers have it, if it is this VAE's."""
-    for file in (path.parent / "diffusers" / "config.json", path.parent / "config.json"):
+    """The configuration that lies with a file, as save_vae_weights.py and diffusers have it, if it is this VAE's.
+
+    Its statistics are those of the weights that it was written with: another file beside it does not get them.
+    """
+    of_diffusers = path.name.startswith(f"{WEIGHTS}.")
+    files = [path.parent / "diffusers" / "config.json", path.parent / "config.json"]
+    for file in reversed(files) if of_diffusers else files:
         try:
             config = json.loads(file.read_text())
         except (OSError, ValueError):
@@ -159,9 +176,8 @@ def config_beside(path: Path, state: Mapping[str, Tensor], say: Say) -> Mapping 
         except InputError as error:
             problem = str(error)
         if problem is None:
-            # In another folder the statistics are those of the weights there, which may be others.
-            own = file.parent == path.parent
-            return {key: value for key, value in config.items() if own or key not in ("latents_mean", "latents_std")}
+            own = of_diffusers and file.parent == path.parent
+            return {key: value for key, value in config.items() if own or key not in _STATISTICS}
         say(f"{file} was not used: it describes another network than {path} ({problem})")
     return None
 
@@ -171,19 +187,21 @@ def choose_config(
 ) -> Mapping:
     """The configuration of a state dict: the preset that is asked for, the recorded one, or the shape that fits.
 
+    The latent statistics that are recorded with the weights stay, whichever it is.
+
     Raises:
         InputError: the preset is another network than the recorded one; or "auto", and nothing says it.
     """
     recorded = vae_models[recorded] if isinstance(recorded, str) else recorded
     if arch != "auto":
-        check_fit(state[_MARK].shape[1], _levels(state), vae_models[arch], what, wanted)
+        check_fit(_channels(state, what), _levels(state), vae_models[arch], what, wanted)
         for key in UNSEEN if recorded else ():
             ours, theirs = (
                 {"norm_num_groups": 32, "act_fn": "silu"} | dict(one) for one in (vae_models[arch], recorded)
             )
             if ours[key] != theirs[key]:
                 raise InputError(f"{what} has {key} {theirs[key]}; {wanted} has {ours[key]}: 'auto' takes the file's")
-        return vae_models[arch]
+        return vae_models[arch] | {key: recorded[key] for key in _STATISTICS if recorded and key in recorded}
     if recorded:
         return recorded
     for config in public_shapes.values():
@@ -192,6 +210,13 @@ def choose_config(
     unseen = "fits no public shape, and tensors do not show the groups of its norms"
     needed = "its diffusers folder, or that folder's config.json in diffusers/ beside the file"
     raise InputError(f"{what} does not say its architecture: it {unseen}; {wanted} needs {needed}")
+
+
+def _channels(state: Mapping[str, Tensor], what: str) -> int:
+    """Channels of the latents."""
+    if state[_MARK].ndim != 4:
+        raise InputError(f"{what} has {_MARK!r} of shape {tuple(state[_MARK].shape)}; four axes are needed")
+    return state[_MARK].shape[1]
 
 
 def _widths(state: Mapping[str, Tensor]) -> list[int]:
@@ -227,8 +252,9 @@ def vae_from_state(state: Mapping, config: str | Mapping, what: str, wanted: str
     state = find_state(state, what, say)
     if isinstance(config, str):
         config = choose_config(state, config, None, what, wanted)
-    check_fit(state[_MARK].shape[1], _levels(state), config, what, wanted)
     vae = _on_meta(config, what)
+    # The network's configuration is complete: with diffusers' defaults.
+    check_fit(_channels(state, what), _levels(state), vae.config, what, wanted)
     if problem := _problem(state, vae, wanted):
         raise InputError(f"{what} {problem}")
 
@@ -252,7 +278,7 @@ def _on_meta(config: Mapping, what: str = "its configuration") -> AutoencoderKL:
     try:
         with torch.device("meta"):
             return build_vae(config)
-    except (ValueError, TypeError, KeyError, IndexError) as error:
+    except Exception as error:  # whatever diffusers and torch run into
         raise InputError(f"{what}: the configuration makes no AutoencoderKL ({error})") from None
 
 

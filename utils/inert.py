@@ -5,6 +5,7 @@ the file names becomes an inert class of ours, which keeps what it is given and 
 it. Tensors are made afterwards, from what the inert objects kept, and checked. So nothing of the file's ever runs.
 """
 
+import io
 import pickle
 import zipfile
 from collections import Counter
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import InputError
+from utils.pickles import require_modest
 
 _STORAGES = {
     "DoubleStorage": torch.float64,
@@ -29,6 +31,10 @@ _STORAGES = {
 }
 _PARAMETERS = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
 _FOREIGN = object()
+_METADATA = 6  # where torch._utils._rebuild_tensor_v2 takes it: the bits that say "negated" and "conjugated"
+_LARGEST = 2**25  # bytes of the pickle, which holds no numbers of tensors; that of a large network has one million
+_MOST_CLASSES = 10_000
+_CHUNK = 2**20  # bytes
 _DICTS = ("collections.OrderedDict", "collections.defaultdict")
 _SETS = tuple(f"{module}.{kind}" for module in ("builtins", "__builtin__") for kind in ("set", "frozenset"))
 
@@ -36,6 +42,7 @@ _SETS = tuple(f"{module}.{kind}" for module in ("builtins", "__builtin__") for k
 class _Inert:
     """Stands for an object that the file describes: keeps the arguments it was made with, and the items put into it."""
 
+    __slots__ = ("args", "items")
     name = ""  # of the class or function that the file asked for
 
     def __new__(cls, *args, **_):
@@ -61,8 +68,15 @@ class _Inert:
     extend = add = append
 
 
+class _Storage(_Inert):
+    """Says where the numbers of a tensor lie."""
+
+    __slots__ = ()
+    name = "storage"
+
+
 class _Unpickler(pickle.Unpickler):
-    """Finds an inert class for every name, and for a tensor's storage what says where it lies."""
+    """Finds an inert class for every name."""
 
     def __init__(self, file):
         super().__init__(file)
@@ -70,10 +84,14 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module, name):
         full = f"{module}.{name}"
-        return self.classes.setdefault(full, type("_Inert", (_Inert,), {"name": full}))
+        if full not in self.classes:
+            if len(self.classes) == _MOST_CLASSES:
+                raise InputError(f"it names more than {_MOST_CLASSES} classes")
+            self.classes[full] = type("_Inert", (_Inert,), {"name": full, "__slots__": ()})
+        return self.classes[full]
 
     def persistent_load(self, pid):
-        return type("_Inert", (_Inert,), {"name": "storage"})(*pid)
+        return _Storage(*pid)
 
 
 class _Reader:
@@ -104,6 +122,8 @@ class _Reader:
         for key, item in items:
             if isinstance(key, type | _Inert):
                 self.value(key)  # counts a foreign class
+            elif not isinstance(key, str | int):  # to print or hash a tuple of tuples can take forever
+                self.left_out[f"{type(key).__name__} as a key"] += 1
             elif (value := self.value(item)) is not _FOREIGN:
                 made[key] = value
         return made
@@ -111,6 +131,9 @@ class _Reader:
     def _inert(self, thing):
         name = "" if isinstance(thing, type) else thing.name  # a class by itself is always foreign
         if name == "torch._utils._rebuild_tensor_v2":
+            if thing.args[_METADATA:] and thing.args[_METADATA]:  # its numbers are not what they seem
+                self.left_out["tensor with metadata"] += 1
+                return _FOREIGN
             return self._tensor(*thing.args[:4])
         if name in _PARAMETERS:
             data = thing.args[0]
@@ -136,33 +159,67 @@ class _Reader:
         """The numbers that a storage holds, (N,)."""
         _, kind, key, _, count = storage.args
         dtype = _STORAGES[kind.name.removeprefix("torch.")]
+        if type(key) is not str or type(count) is not int:
+            raise InputError("a storage has no name or no size")
         if key not in self.storages:
-            raw = bytearray(self.archive.read(f"{self.folder}/data/{key}"))
+            member = self.archive.getinfo(f"{self.folder}/data/{key}")
+            if member.file_size < count * dtype.itemsize:
+                raise InputError(f"storage {key!r} has {member.file_size} bytes; {count} of {dtype} are needed")
+            raw = self._bytes(member)
             self.storages[key] = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
         if self.storages[key].dtype != dtype or len(self.storages[key]) < count:
             raise InputError(f"storage {key!r} is of another kind or size")
         return self.storages[key]
 
+    def _bytes(self, member: zipfile.ZipInfo) -> bytearray:
+        """What a member holds, in memory once."""
+        raw = bytearray(member.file_size)
+        left = memoryview(raw)
+        with self.archive.open(member) as file:
+            while count := file.readinto(left[:_CHUNK]):
+                left = left[count:]
+        if left:
+            raise InputError(f"{member.filename} is shorter than the archive says")
+        return raw
+
+
+def _require_stored(archive: zipfile.ZipFile, size: int) -> None:
+    """Refuse an archive that would be larger in memory than it is.
+
+    Raises:
+        InputError: compressed members, or such as lie over each other.
+    """
+    if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+        raise InputError("its members are compressed; torch.save stores them as they are")
+    if sum(member.file_size for member in archive.infolist()) > size:
+        raise InputError("its members are together larger than the file")
+
 
 def read_inert(path: str | Path) -> tuple[dict, Counter[str]]:
     """The tensors and plain values of a dict that torch.save wrote as a zip (every torch since 1.6), on the CPU.
 
-    Entries of foreign classes are left out; tuples and sets come as lists.
+    Left out are objects of foreign classes, entries whose key is no text or whole number, and tensors that are stored
+    with a sign or conjugation still to be applied. Tuples and sets come as lists. It takes no more memory than the file
+    has bytes of numbers, and some hundred times those of its pickle.
 
     Returns:
-        the dict, and how many objects of which class were left out.
+        the dict, and how many objects of which class, or what else, were left out.
 
     Raises:
-        InputError: no such zip, truncated, or something in it is not what it must be.
+        InputError: no such zip, compressed, truncated, or something in it is not what it must be.
     """
     try:
         with zipfile.ZipFile(path) as archive:
+            _require_stored(archive, Path(path).stat().st_size)
             (pickled,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
             folder = pickled.removesuffix("/data.pkl")
             if f"{folder}/byteorder" in archive.namelist() and archive.read(f"{folder}/byteorder") != b"little":
                 raise InputError("its numbers are big-endian")
-            with archive.open(pickled) as file:
-                described = _Unpickler(file).load()
+            if archive.getinfo(pickled).file_size > _LARGEST:
+                raise InputError(f"its pickle has more than {_LARGEST >> 20} MB")
+            data = archive.read(pickled)
+            require_modest(data)
+            described = _Unpickler(io.BytesIO(data)).load()
             reader = _Reader(archive, folder)
             contents = reader.value(described)
     except InputError as error:

@@ -43,7 +43,7 @@ def read_pickled_numbers(path: str | Path) -> dict:
         if path.stat().st_size > _LARGEST:
             raise pickle.UnpicklingError(f"it has more than {_LARGEST >> 20} MB")
         data = path.read_bytes()
-        _require_modest(data)
+        require_modest(data)
         contents = _plain(_Reader(io.BytesIO(data)).load(), _DEPTH, set())
     except _BROKEN as error:
         problem = f"{path} cannot be read as a pickle of numbers ({str(error) or type(error).__name__})"
@@ -53,16 +53,16 @@ def read_pickled_numbers(path: str | Path) -> dict:
     return contents
 
 
-def _require_modest(data: bytes) -> None:
-    """Refuse a file that asks for more memory than it has bytes; looking at its opcodes runs nothing.
+def require_modest(data: bytes) -> None:
+    """Refuse a pickle that asks for more memory than it has bytes; looking at its opcodes runs nothing.
 
     Raises:
         ValueError: a length beyond the end of the file.
-        pickle.UnpicklingError: a memo that is larger than the file.
+        InputError: a memo that is larger than the file.
     """
     for opcode, argument, _ in pickletools.genops(io.BytesIO(data)):
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(data):
-            raise pickle.UnpicklingError(f"it remembers {argument} values in {len(data)} bytes")
+            raise InputError(f"it remembers {argument} values in {len(data)} bytes")
 
 
 class _Reader(pickle.Unpickler):

@@ -8,12 +8,15 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import safetensors.torch
 import torch
 from huggingface_hub import constants
 
-from models.vae import build_vae, load_vae
+from models.vae import build_vae, load_vae, vae_config
 from models.vae_files import save_vae_files
+from models.vae_state import WEIGHTS
 from tests.support.refusals import refusal
+from tests.utils.test_torch_files import compress
 
 TINY = "f4d4-tiny"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -55,6 +58,42 @@ def test_plain_weights_go_before_variants_and_two_variants_are_not_guessed(tiny,
     (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
     other.save_pretrained(tmp_path, variant="non_ema")
     assert "has its weights only as fp16, non_ema; a folder with one of them" in refusal(load_vae, "auto", tmp_path)
+
+
+def test_a_preset_that_is_another_network_than_the_folder_is_refused(tiny, tmp_path):
+    for key, value in {"norm_num_groups": 4, "act_fn": "relu", "use_quant_conv": False, "layers_per_block": 2}.items():
+        build_vae(vae_config(tiny) | {key: value}).save_pretrained(tmp_path / key)
+        assert f"{key} has {key} {value}; --vae f4d4-tiny has " in refusal(load_vae, TINY, tmp_path / key)
+        assert load_vae("auto", tmp_path / key).config[key] == value
+    build_vae(vae_config(tiny) | {"sample_size": 64, "scaling_factor": 1.0}).save_pretrained(tmp_path / "same")
+    load_vae(TINY, tmp_path / "same")
+
+
+def test_a_configuration_of_a_whole_pipeline_does_not_hide_its_vae(tiny, tmp_path):
+    tiny.save_pretrained(tmp_path / "vae")
+    for config in ({"model_type": "pipeline"}, {"_class_name": "UNet2DModel"}, []):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert equal_weights(load_vae("auto", tmp_path), tiny)
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_integers_in_a_folder_are_no_weights(safe, tiny, tmp_path):
+    tiny.save_pretrained(tmp_path, safe_serialization=safe)
+    state = {key: (50 * tensor).to(torch.int8) for key, tensor in tiny.state_dict().items()}
+    if safe:
+        safetensors.torch.save_file(state, tmp_path / f"{WEIGHTS}.safetensors", metadata={"format": "pt"})
+    else:
+        torch.save(state, tmp_path / f"{WEIGHTS}.bin")
+    message = refusal(load_vae, "auto", tmp_path)
+    assert f"{WEIGHTS}." in message and "is torch.int8; floating point is needed" in message
+
+
+def test_a_folder_with_compressed_weights_has_its_numbers(tiny, tmp_path):
+    tiny.save_pretrained(tmp_path, safe_serialization=False)
+    weights = tmp_path / f"{WEIGHTS}.bin"
+    compress(weights, tmp_path / "packed")
+    (tmp_path / "packed").replace(weights)
+    assert equal_weights(load_vae("auto", tmp_path), tiny)
 
 
 # The hub
@@ -157,6 +196,14 @@ def test_a_repository_with_the_fp16_variant_alone(hub, tiny, tmp_path):
     said = []
     assert equal_weights(load_vae("auto", "org/half", say=said.append), tiny)
     assert "only the variant 'fp16'" in said[1]
+
+
+def test_a_configuration_of_a_whole_repository_does_not_hide_its_vae(hub, tiny, folder):
+    hub.add("org/pipe", "vae/", folder)
+    hub.files["org/pipe/config.json"] = b'{"model_type": "pipeline"}'
+    for _ in ("from the hub", "from its cache"):
+        assert equal_weights(load_vae("auto", "org/pipe"), tiny)
+        hub.files["org/pipe/vae/config.json"] = b"gone"
 
 
 def test_what_the_hub_refuses_is_one_line(hub, folder):

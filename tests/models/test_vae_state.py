@@ -18,7 +18,7 @@ from models.vae import build_vae, latent_statistics, load_vae, vae_config
 from models.vae_architecture import public_shapes
 from models.vae_files import save_vae_files, vae_of_checkpoint
 from models.vae_keys import to_ldm
-from models.vae_state import _problem, choose_config
+from models.vae_state import _problem, choose_config, find_state
 from tests.support.refusals import refusal
 
 TINY = "f4d4-tiny"
@@ -121,6 +121,52 @@ def test_containers_are_opened_and_what_lies_beside_is_counted(container, tiny, 
     assert said == [
         f"{tmp_path / 'x.pt'}: the VAE is what lies under {container!r}; left out: epoch (1), optimizer (1)"
     ]
+
+
+def test_plain_values_among_the_tensors_are_left_out_and_counted(tiny, tmp_path, said):
+    torch.save({**to_ldm(tiny), "epoch": 3, "optimizer": {"state": {}}}, tmp_path / "x.pt")
+    assert same_network(load_vae(TINY, tmp_path / "x.pt", say=said.append), tiny)
+    assert said == [f"{tmp_path / 'x.pt'}: the VAE is what lies at its top; left out: epoch (1), optimizer (1)"]
+    torch.save({**to_ldm(tiny), "encoder.conv_in.bias": 3}, tmp_path / "y.pt")
+    assert "'encoder.conv_in.bias' is a int; a tensor is needed" in refusal(load_vae, TINY, tmp_path / "y.pt")
+
+
+def test_a_key_of_shared_tuples_is_left_out_at_once(tiny):
+    key = "a"
+    for _ in range(19):  # as text it would have a million parts
+        key = (key, key)
+    said = []
+    find_state({**to_ldm(tiny), key: 3}, "x.pt", said.append)
+    assert said == ["x.pt: the VAE is what lies at its top; left out: tuple (1)"]
+
+
+@pytest.mark.parametrize("arch", [TINY, "auto"])
+def test_integers_are_no_weights(arch, tiny, tmp_path):
+    torch.save({key: (50 * tensor).to(torch.int8) for key, tensor in to_ldm(tiny).items()}, tmp_path / "x.pt")
+    message = refusal(load_vae, arch, tmp_path / "x.pt")
+    assert "'encoder.conv_in.weight' is torch.int8; floating point is needed" in message
+
+
+def test_a_decoder_that_is_no_convolution_is_one_line(tiny, tmp_path):
+    torch.save(to_ldm(tiny) | {"decoder.conv_in.weight": torch.tensor(1.0)}, tmp_path / "x.pt")
+    assert "'decoder.conv_in.weight' of shape (); four axes" in refusal(load_vae, TINY, tmp_path / "x.pt")
+    refusal(load_vae, "auto", tmp_path / "x.pt")
+
+
+def test_another_pickle_protocol_gives_the_same_network(tiny, tmp_path, said):
+    torch.save(to_ldm(tiny), tmp_path / "x.pt", pickle_protocol=4)
+    assert same_network(load_vae(TINY, tmp_path / "x.pt", say=said.append), tiny) and said == []
+
+
+def test_a_tensor_whose_signs_are_still_to_be_turned_keeps_them_or_is_missed(tiny, tmp_path, lightning):
+    state = to_ldm(tiny)
+    turned = state | {"encoder.conv_in.weight": (-state["encoder.conv_in.weight"])._neg_view()}
+    torch.save(turned, tmp_path / "x.pt")
+    vae = load_vae(TINY, tmp_path / "x.pt")
+    assert same_network(vae, tiny) and not vae.encoder.conv_in.weight.is_neg()
+    torch.save(lightning | {"state_dict": turned}, tmp_path / "y.ckpt")
+    message = refusal(load_vae, TINY, tmp_path / "y.ckpt")
+    assert "lacks the key 'encoder.conv_in.weight'" in message
 
 
 def test_a_whole_stable_diffusion_checkpoint(tiny, tmp_path, said):
@@ -245,6 +291,18 @@ def test_a_preset_that_is_another_network_is_refused(tmp_path):
     assert "has norm_num_groups 16; --vae f4d4-tiny has 8: 'auto' takes the file's" in message
 
 
+def test_a_short_configuration_is_completed_by_the_defaults_of_diffusers(tiny, tmp_path):
+    folder = save_vae_files(tmp_path, "v", small_vae((16, 32, 48), 16), torch.ones(4), torch.zeros(4))
+    config = json.loads((folder / "diffusers" / "config.json").read_text())
+    short = {key: value for key, value in config.items() if key != "latent_channels"}  # 4, as the default
+    (folder / "diffusers" / "config.json").write_text(json.dumps(short))
+    assert load_vae("auto", folder / "v.pt").config.latent_channels == 4
+
+    # What does not fit then is one line.
+    torch.save({"vae": to_ldm(tiny), "vae_config": {"norm_num_groups": 8}}, tmp_path / "x.pt")
+    assert "x.pt downsamples by 4; --vae auto needs 1" in refusal(load_vae, "auto", tmp_path / "x.pt")
+
+
 def test_a_configuration_of_another_network_beside_the_file_is_not_used(tiny, tmp_path, said):
     folder = save_vae_files(tmp_path, "v", small_vae((16, 32, 48), 16), torch.ones(4), torch.zeros(4))
     torch.save(to_ldm(tiny), folder / "other.pt")
@@ -261,6 +319,22 @@ def test_statistics_in_a_configuration_are_those_of_the_weights_beside_it_alone(
     torch.save({key: tensor + 1 for key, tensor in to_ldm(tiny).items()}, folder / "other.pt")
     vae = load_vae("auto", folder / "other.pt")
     assert vae.config.norm_num_groups == 8 and latent_statistics(folder / "other.pt", vae) is None
+
+    # Nor do such as lie in the diffusers folder itself.
+    shutil.copy(folder / "other.pt", folder / "diffusers" / "other.pt")
+    vae = load_vae("auto", folder / "diffusers" / "other.pt")
+    assert latent_statistics(folder / "diffusers" / "other.pt", vae) is None
+
+
+@pytest.mark.parametrize("arch", [TINY, "auto"])
+def test_the_weights_of_diffusers_have_the_statistics_of_their_own_configuration(arch, tiny, tmp_path):
+    """With a named architecture too, and where another diffusers folder lies inside."""
+    inner = save_vae_files(tmp_path, "v", tiny, torch.full((4,), 4.0), torch.zeros(4)) / "diffusers"
+    outer = save_vae_files(tmp_path, "w", tiny, torch.full((4,), 2.0), torch.ones(4)) / "diffusers"
+    shutil.move(inner, outer / "diffusers")
+    weights = outer / "diffusion_pytorch_model.safetensors"
+    scale, bias = latent_statistics(weights, load_vae(arch, weights))
+    assert (scale == 2).all() and (bias == 1).all()
 
 
 @pytest.mark.parametrize("name", public_shapes)

@@ -1,5 +1,6 @@
 """A foreign checkpoint is read for its tensors: nothing that it describes runs, whatever it asks for."""
 
+import copy
 import io
 import pickle
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from tests.support.refusals import refusal
+from tests.utils.test_torch_files import compress
 from utils.inert import read_inert
 from utils.torch_files import ForeignObject, read_torch_file
 
@@ -36,7 +38,7 @@ def test_tensors_come_back_bit_for_bit_and_foreign_objects_are_counted(callback,
     state["parameter"] = torch.nn.Parameter(torch.randn(2))
     state._metadata = {"": {"version": 1}}  # as a module's state dict has it
     contents = {"state_dict": state, "callbacks": {type(callback): callback}, "hyper": [callback, 1, "text", 2.5]}
-    contents |= {"epoch": 3, "by_name": defaultdict(int, {"a": 1}), "nothing": None, (1, 2): frozenset([2])}
+    contents |= {"epoch": 3, "by_name": defaultdict(int, {"a": 1}), "nothing": None, "set": frozenset([2]), (1, 2): 3}
     torch.save(contents, tmp_path / "x.ckpt")
     sys.modules.pop("lightning_like")
 
@@ -47,8 +49,9 @@ def test_tensors_come_back_bit_for_bit_and_foreign_objects_are_counted(callback,
     for key, tensor in state.items():
         assert found["state_dict"][key].dtype == tensor.dtype and torch.equal(found["state_dict"][key], tensor), key
     assert found["epoch"] == 3 and found["hyper"] == [1, "text", 2.5] and found["by_name"] == {"a": 1}
-    assert found["nothing"] is None and found[(1, 2)] == [2]
-    assert found["callbacks"] == {} and left_out == {"lightning_like.ModelCheckpoint": 2}  # the class, and one object
+    assert found["nothing"] is None and found["set"] == [2] and (1, 2) not in found
+    # The class, and one object.
+    assert found["callbacks"] == {} and left_out == {"lightning_like.ModelCheckpoint": 2, "tuple as a key": 1}
 
 
 def test_a_tensor_of_another_kind_is_left_out_and_counted(tmp_path, callback):
@@ -58,12 +61,51 @@ def test_a_tensor_of_another_kind_is_left_out_and_counted(tmp_path, callback):
     assert list(found) == ["weight"] and left_out["torch.ComplexFloatStorage"] == 1
 
 
+def test_a_tensor_whose_signs_are_still_to_be_turned_is_left_out_and_counted(tmp_path, callback):
+    torch.save({"weight": torch.ones(2)._neg_view(), "foreign": callback}, tmp_path / "x.ckpt")
+    found, left_out = read_inert(tmp_path / "x.ckpt")
+    assert found == {} and left_out["tensor with metadata"] == 1
+
+
 def test_a_dict_that_holds_itself_is_read(tmp_path, callback):
     contents = {"weight": torch.ones(2), "foreign": callback}
     contents["self"] = contents
     torch.save(contents, tmp_path / "x.ckpt")
     found, _ = read_inert(tmp_path / "x.ckpt")
     assert torch.equal(found["weight"], torch.ones(2))
+
+
+# Files that would fill the memory
+
+
+def test_no_more_memory_is_taken_than_the_file_has_bytes(tmp_path):
+    remembers = b"\x80\x02}q\x00" + text("a") + glob("os", "system") + b"r\xff\xff\xff\x07s."
+    names = b"\x80\x02}" + text("a") + b"(" + b"".join(glob("x", str(i)) for i in range(10_001)) + b"ls."
+    for pickled, words in (
+        (remembers, "it remembers 134217727 values in "),
+        (names, "it names more than 10000 classes"),
+    ):
+        assert words in refusal(read_inert, archive(tmp_path / "x.ckpt", pickled))
+
+    with zipfile.ZipFile(tmp_path / "x.ckpt", "w") as file:  # one member under many names
+        file.writestr("archive/data.pkl", bytes(1000))
+        for name in range(9):
+            twin = copy.copy(file.filelist[0])
+            twin.filename = twin.orig_filename = f"archive/data/{name}"
+            file.filelist.append(twin)
+    assert "its members are together larger than the file" in refusal(read_inert, tmp_path / "x.ckpt")
+
+    torch.save({"w": torch.zeros(1000)}, tmp_path / "plain.pt")
+    compress(tmp_path / "plain.pt", tmp_path / "x.ckpt")
+    assert "its members are compressed" in refusal(read_inert, tmp_path / "x.ckpt")
+
+
+def test_a_key_of_shared_tuples_is_left_out_at_once(tmp_path):
+    nested = text("a")
+    for _ in range(20):  # as text it would have a million parts
+        nested += b"2\x86"
+    pickled = b"\x80\x02}" + text("w") + b"K\x01s" + nested + b"K\x02s."
+    assert read_inert(archive(tmp_path / "x.ckpt", pickled)) == ({"w": 1}, {"tuple as a key": 1})
 
 
 # Files that would act
