@@ -59,7 +59,7 @@ class SampleStore:
             if self.job_file.exists() and self._holds_work():
                 raise InputError(
                     f"{FLAG}: {self.job_file} is of an interrupted job that this one cannot go on with "
-                    f"({_differences(self._read_job(), job)}); --overwrite discards it"
+                    f"({_differences(_given(self._read_job()), _given(job))}); --overwrite discards it"
                 )
             for path in filter(Path.exists, others):
                 raise InputError(f"{FLAG}: {path} exists already; --overwrite replaces it")
@@ -148,7 +148,7 @@ class SampleStore:
 
     def _is_partial(self, job: dict) -> bool:
         """Whether whole partial files of this very job are there."""
-        if not all(file.is_file() for file in self.partial_files) or self._read_job() != job:
+        if not all(file.is_file() for file in self.partial_files) or _given(self._read_job()) != _given(job):
             return False
         try:
             return self.images().shape == self.shape and self.done_file.stat().st_size == self.num_batches
@@ -161,6 +161,12 @@ class SampleStore:
         except ValueError:
             return {}
         return job if isinstance(job, dict) else {}
+
+
+def _given(job: dict) -> dict:
+    """A description without what is None in it, as an option that nobody gave and only another version names."""
+    nested = {key: _given(value) if isinstance(value, dict) else value for key, value in job.items()}
+    return {key: value for key, value in nested.items() if value is not None}
 
 
 def _differences(earlier: dict, job: dict) -> str:

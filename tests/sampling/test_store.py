@@ -232,3 +232,11 @@ def test_memory_does_not_grow_with_the_samples(tmp_path):
         assert store.read(batch).any()
     assert resident() - before < 16e6
     assert json.loads(store.job_file.read_text()) == JOB
+
+
+def test_an_option_that_nobody_gave_and_one_version_does_not_name_is_no_difference(tmp_path):
+    store = start(tmp_path, {"run": "r", "options": {"num_steps": 5, "seed": 0, "vae_ckpt": None}})
+    store.write(0, batch_of(store, 0))
+    assert start(tmp_path).missing() == [1, 2]
+    with pytest.raises(InputError, match=r"cannot go on with \(seed: 0, now 1\)"):
+        start(tmp_path, {"run": "r", "options": {"num_steps": 5, "seed": 1, "vae_ckpt": None}})
