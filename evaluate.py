@@ -9,6 +9,7 @@ Several processes: `torchrun --nproc_per_node=8 evaluate.py ...`; the numbers ar
 """
 
 from configs.arguments import evaluate_parser
+from configs.parsing import flag_of
 
 if __name__ == "__main__":  # --help and a mistyped flag answer before the heavy imports
     evaluate_parser().answer_before_imports()
@@ -72,7 +73,7 @@ def check_flags(args: argparse.Namespace) -> None:
     default, rule = evaluate_parser().get_default, "does not go" if args.reconstruct else "goes"
     for name in SAMPLE_FLAGS if args.reconstruct else RECONSTRUCTION_FLAGS:
         if getattr(args, name) != default(name):
-            flag = f"--{name.replace('_', '-')}"
+            flag = flag_of(name)
             raise InputError(f"{flag}: {getattr(args, name)} was given; it {rule} with --reconstruct")
     if args.lpips_weights and not args.lpips:
         raise InputError(f"--lpips-weights: {args.lpips_weights} was given, but --no-lpips does not read it")

@@ -46,6 +46,11 @@ class ArgumentParser(argparse.ArgumentParser):
         os._exit(130)  # an exception could be caught by whatever is being imported
 
 
+def flag_of(name: str) -> str:
+    """The flag whose value argparse keeps under this name."""
+    return f"--{name.replace('_', '-')}"
+
+
 def positive_int(text: str) -> int:
     return _bounded(int, text, lambda x: x >= 1, "a whole number >= 1")
 

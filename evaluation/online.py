@@ -5,6 +5,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from configs.arguments import repae_parser
+from configs.parsing import flag_of
 from evaluation.evaluator import NEIGHBOUR, Evaluator, FeatureSet
 from evaluation.features import load_features
 from evaluation.reference import read_reference
@@ -29,7 +30,7 @@ def online_evaluation(args, run) -> "OnlineEvaluation | None":
         if args.eval_steps == 0:
             for name in ("eval_reference", "eval_features", "eval_weights", "eval_samples"):
                 if (given := getattr(args, name)) != repae_parser().get_default(name):
-                    raise InputError(f"--{name.replace('_', '-')}: {given} was given; it goes with --eval-steps")
+                    raise InputError(f"{flag_of(name)}: {given} was given; it goes with --eval-steps")
             return None
         if args.eval_reference is None:
             needed = "an ADM reference file, a --save-stats file or images"

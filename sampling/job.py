@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from configs.arguments import generate_parser
+from configs.parsing import flag_of
 from dataset.classes import class_ranges
 from models.sit import SiT
 from models.vae_files import vae_sha256
@@ -179,7 +180,7 @@ def check_sampling_flags(args: argparse.Namespace) -> None:
         raise InputError("--heun goes with --mode ode, not with --mode sde")
     if args.mode == "sde" and args.num_steps < 2:
         raise InputError(f"--num-steps: {args.num_steps} was given; --mode sde needs at least 2")
-    chosen = [f"--{name.replace('_', '-')}" for name in ("num_classes", "classes", "label_file") if getattr(args, name)]
+    chosen = [flag_of(name) for name in ("num_classes", "classes", "label_file") if getattr(args, name)]
     if len(chosen) > 1:
         raise InputError(f"{chosen[0]} and {chosen[1]} were both given; one is needed")
     if args.label_file and args.label_sampling == "equal":

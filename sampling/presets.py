@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from configs.arguments import generate_parser
+from configs.parsing import flag_of
 from configs.presets import PRESETS
 from sampling.job import FREE
 from utils.errors import InputError
@@ -40,7 +41,7 @@ def changed_options(args: argparse.Namespace) -> dict[str, object]:
     counting = vars(args).keys() - FREE - {"pproc_batch_size"} | {"exp_path", "tf32", "vae_ckpt", "label_file"}
     counting |= set() if args.train_steps is None else {"train_steps"}  # None: the latest, of another run
     return {
-        _flag(name): value
+        flag_of(name): value
         for name, value in vars(args).items()
         if name in counting and value != options.get(name, default(name))
     }
@@ -61,7 +62,9 @@ def blaming_preset(args: argparse.Namespace) -> Iterator[None]:
         yield
     except InputError as error:
         default, options = generate_parser().get_default, PRESETS[args.preset].options if args.preset else {}
-        its_own = {_flag(name): value for name, value in options.items() if vars(args)[name] == value != default(name)}
+        its_own = {
+            flag_of(name): value for name, value in options.items() if vars(args)[name] == value != default(name)
+        }
         named = [f"{flag} {its_own[flag]}" for flag in its_own if re.search(rf"{flag}(?![\w-])", str(error))]
         if named and "--preset" not in str(error):
             error.args = (f"{error} (--preset {args.preset} sets {', '.join(named)})",)
@@ -77,7 +80,3 @@ def require_preset_run(args: argparse.Namespace) -> None:
     if args.exp_path == folder and not Path(folder).is_dir():
         fetch = f"`hf download {preset.hub} --local-dir {folder}`"
         raise InputError(f"--preset {args.preset}: {folder} is no folder; {fetch} fetches it, or --exp-path names it")
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

@@ -14,8 +14,8 @@ from models.sit_files import config_of_state_dict, find_sit_state, latent_stats_
 from models.vae import downsampling, latent_channels, latent_statistics, load_vae, vae_models
 from models.vae_files import vae_of_checkpoint
 from models.vae_folder import is_hub_name
-from utils.checkpoint import checkpoint_path, latest_step, read_checkpoint
-from utils.errors import InputError
+from utils.checkpoint import find_checkpoint, latest_step, read_checkpoint
+from utils.errors import InputError, about
 from utils.modules import load_strictly
 
 BN_VARIANCE = "bn.running_var"
@@ -70,7 +70,7 @@ def load_trained(
     Raises:
         InputError: no such run or checkpoint, or one whose parts do not fit each other.
     """
-    path = find_checkpoint(exp_path, train_steps)
+    path = _checkpoint_of(exp_path, train_steps)
     contents = read_checkpoint(path, need=())
     args = _stored_args(_run_folder(path)) | contents.pop("args")
     state, notes = find_sit_state(contents, path, ema=ema)
@@ -102,7 +102,7 @@ def load_trained(
     )
 
 
-def find_checkpoint(exp_path: str | Path, train_steps: str | None) -> Path:
+def _checkpoint_of(exp_path: str | Path, train_steps: str | None) -> Path:
     run_dir = Path(exp_path)
     if run_dir.is_file():  # a checkpoint by itself, such as those of REPA and SiT
         if train_steps is not None:
@@ -118,11 +118,8 @@ def find_checkpoint(exp_path: str | Path, train_steps: str | None) -> Path:
     step = int(train_steps) if train_steps is not None else latest_step(run_dir)
     if step is None:
         raise InputError(f"--exp-path: {run_dir} holds no checkpoint (checkpoints/<step>.pt)")
-    path = checkpoint_path(run_dir, step)
-    if not path.is_file():
-        there = ", ".join(sorted(file.stem for file in path.parent.glob("*.pt"))) or "none"
-        raise InputError(f"--train-steps: {path} does not exist; checkpoints there: {there}")
-    return path
+    with about("--train-steps"):
+        return find_checkpoint(run_dir, step)
 
 
 def _run_folder(checkpoint: Path) -> Path | None:

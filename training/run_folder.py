@@ -7,9 +7,10 @@ import shutil
 import sys
 from pathlib import Path
 
+from configs.parsing import flag_of
 from training.trackers import WANDB_RUN
-from utils.checkpoint import checkpoint_path, latest_step
-from utils.errors import InputError
+from utils.checkpoint import find_checkpoint, latest_step
+from utils.errors import InputError, about
 from utils.files import require_writable, write_json
 
 METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
@@ -37,11 +38,8 @@ def resume_point(args: argparse.Namespace, folder: Path) -> tuple[int, Path | No
         step = latest_step(source)  # None: a cluster job may always be started with --resume latest
     if not step:
         return 0, None
-    path = checkpoint_path(source, step)
-    if not path.is_file():
-        steps = sorted(file.stem for file in path.parent.glob("*.pt"))
-        raise InputError(f"--resume: {path} does not exist; checkpoints there: {', '.join(steps) or 'none'}")
-    return int(step), path
+    with about("--resume"):
+        return int(step), find_checkpoint(source, step)
 
 
 def require_free(args: argparse.Namespace, folder: Path) -> None:
@@ -90,7 +88,7 @@ def changed_flags(
     changed = {key: value for key, value in vars(args).items() if key in before and before[key] != value}
     notes = []
     for key, value in changed.items():
-        flag = f"--{key.replace('_', '-')}"
+        flag = flag_of(key)
         if key in from_checkpoint and value is not None:
             notes.append(f"{flag} {value} is not read: the run goes on from the checkpoint of step {start_step}")
         elif key not in (*FREE_TO_CHANGE, *from_checkpoint) and not (

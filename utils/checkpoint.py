@@ -74,6 +74,19 @@ def checkpoint_path(run_dir: str | Path, step: int | str) -> Path:
     return Path(run_dir) / "checkpoints" / f"{int(step):07d}.pt"
 
 
+def find_checkpoint(run_dir: str | Path, step: int | str) -> Path:
+    """The checkpoint of a step in a run's folder.
+
+    Raises:
+        InputError: there is none; the message names those that are there, and the flag is the caller's to say.
+    """
+    path = checkpoint_path(run_dir, step)
+    if not path.is_file():
+        there = ", ".join(sorted(file.stem for file in path.parent.glob("*.pt"))) or "none"
+        raise InputError(f"{path} does not exist; checkpoints there: {there}")
+    return path
+
+
 def latest_step(run_dir: str | Path) -> int | None:
     """The highest step with a checkpoint in a run's folder."""
     steps = [int(file.stem) for file in (Path(run_dir) / "checkpoints").glob("*.pt") if file.stem.isdigit()]
