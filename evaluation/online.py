@@ -28,8 +28,9 @@ def online_evaluation(args, run) -> "OnlineEvaluation | None":
     """
     with main_first():
         if args.eval_steps == 0:
+            default = repae_parser().get_default
             for name in ("eval_reference", "eval_features", "eval_weights", "eval_samples"):
-                if (given := getattr(args, name)) != repae_parser().get_default(name):
+                if (given := getattr(args, name)) != default(name):
                     raise InputError(f"{flag_of(name)}: {given} was given; it goes with --eval-steps")
             return None
         if args.eval_reference is None:
