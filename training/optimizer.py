@@ -20,7 +20,7 @@ class Optimizer:
         parameters: (name, parameter) pairs in the order of the checkpoint's optimiser state.
         lr, betas, eps, weight_decay: AdamW's.
         max_grad_norm: gradients are clipped to this total norm.
-        scale_loss: whether to scale losses against fp16 underflow (CUDA only).
+        scale_loss: whether to scale losses against fp16 underflow.
     """
 
     def __init__(
@@ -37,11 +37,13 @@ class Optimizer:
         self.names = [name for name, _ in parameters]
         self.parameters = [parameter for _, parameter in parameters]
         self.max_grad_norm = max_grad_norm
-        on_cuda = self.parameters[0].is_cuda
+        device = self.parameters[0].device.type
+        # On CUDA fused: there an overflow skips the step on the device, without a look at it from the host.
+        fused = device == "cuda" or None
         self.adamw = torch.optim.AdamW(
-            self.parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=on_cuda or None
+            self.parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused
         )
-        self.scaler = torch.amp.GradScaler("cuda", enabled=scale_loss and on_cuda)
+        self.scaler = torch.amp.GradScaler(device, enabled=scale_loss)
 
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()

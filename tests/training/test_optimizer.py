@@ -34,3 +34,19 @@ def test_moments_follow_their_names(tmp_path):
     turned.load_state_dict(saved, optimizer.names, "1.pt: opt")
     moments = [turned.state_dict()["state"][index]["exp_avg"][0].item() for index in range(3)]
     assert moments == pytest.approx([0.3, 0.2, 0.1])
+
+
+@pytest.mark.parametrize("overflows", [False, True])
+def test_an_overflow_skips_the_step_of_its_network_alone(overflows):
+    """Under fp16: parameters, moments and the scale of the one stay or are halved, the other goes its way."""
+    one, other = ([("p", torch.nn.Parameter(torch.ones(3)))] for _ in range(2))
+    settings = dict(lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, max_grad_norm=9.0, scale_loss=True)
+    opt_one, opt_other = Optimizer(one, **settings), Optimizer(other, **settings)
+    scale = opt_one.scaler.get_scale()
+    opt_one.backward((one[0][1] * (float("inf") if overflows else 1.0)).sum())
+    opt_other.backward(other[0][1].sum())
+    norm_one, norm_other = opt_one.step(), opt_other.step()
+    assert norm_other.item() == pytest.approx(3**0.5) and opt_other.scaler.get_scale() == scale
+    assert (other[0][1] < 1).all()
+    assert torch.equal(one[0][1], torch.ones(3)) == overflows and (len(opt_one.state_dict()["state"]) == 0) == overflows
+    assert opt_one.scaler.get_scale() == (scale / 2 if overflows else scale) and norm_one.isfinite() != overflows
