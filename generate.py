@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         missing = from_main(store.missing() if processes.is_main_process else None)
         trained.to(processes.device)
         if args.compile:
-            trained.sit.compile(dynamic=False)  # a guidance interval makes two batch sizes: a graph each
+            trained.sit.compile_blocks()  # a guidance interval makes two batch sizes: compiled for each
         going_on = "interrupted; the samples that are finished stay, and the same command draws the others"
         with together(), when_interrupted(lambda: going_on):
             speed = draw_missing(job, store, evaluator, missing, processes)

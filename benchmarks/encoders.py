@@ -53,7 +53,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
     images = torch.randint(256, (args.batch_size, 3, args.resolution, args.resolution), dtype=torch.uint8).to(device)
     pixels = encoder.preprocess(images)
     if device.type == "cuda" and args.compile:
-        encoder.compile_network()
+        encoder.compile_blocks()
         bare.forward_features = torch.compile(bare.forward_features)
 
     # Alternating, in an order that turns around, so that no call always comes after the same one.

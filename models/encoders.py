@@ -16,12 +16,14 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from configs.parsing import ArgumentParser
 from models.encoder_table import ENCODERS, EncoderSpec, encoder_names
 from models.encoder_weights import download, find_weights, load_weights, read_weights
 from utils.errors import InputError, about, command
+from utils.modules import compile_forward
 
 logger = logging.getLogger(__name__)
 
@@ -103,9 +105,12 @@ class Encoder(nn.Module):
         """Normalised pixels (B, 3, S, S) -> (B, N, F) in the precision of the moment."""
         return self.network.forward_features(pixels)[:, self.prefix_tokens :]
 
-    def compile_network(self, **options) -> None:
-        """Compile the ViT (not the preprocessing); `options` are torch.compile's."""
-        self.tokens = torch.compile(self.tokens, **options)
+    def compile_blocks(self) -> None:
+        """Compile a ViT's blocks, and another network of timm all at once; never the preprocessing."""
+        if isinstance(self.network, VisionTransformer):
+            compile_forward(*self.network.blocks)
+        else:
+            self.tokens = torch.compile(self.tokens, dynamic=False)
 
 
 def resize_tokens(tokens: Tensor, grid: int) -> Tensor:

@@ -5,9 +5,12 @@
 `moments` are mean and log-variance stacked on channels, (B, 2C, h, w), the latter clamped as in the public code.
 """
 
+from functools import partial
+
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dataset.data import evenly_spaced
 from dataset.latents import LatentStatistics
@@ -56,13 +59,31 @@ def decode(vae: AutoencoderKL, z: Tensor) -> Tensor:
 class TrainableVAE(nn.Module):
     """Encode, sample and decode as one forward.
 
-    DistributedDataParallel synchronises the gradients of its own forward alone: `encode` and `decode` called on the
-    network inside would train every process by itself. The VAE is the attribute `vae`.
+    DistributedDataParallel synchronises the gradients of its own forward alone: `encode` and `decode` called from
+    outside would train every process by itself. The VAE is the attribute `vae`.
     """
 
     def __init__(self, vae: AutoencoderKL):
         super().__init__()
         self.vae = vae
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Moments float32 (B, 2C, h, w) of pixels [-1, 1] (B, 3, H, W)."""
+        return encode_moments(self.vae, pixels)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Reconstruction (B, 3, H, W) of latents (B, C, h, w)."""
+        return decode(self.vae, z)
+
+    def checkpoint_activations(self) -> None:
+        """From now on the backward pass computes the activations again instead of keeping them."""
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # a VAE draws nothing inside
+        self.vae.enable_gradient_checkpointing(again)
+
+    def compile_halves(self) -> None:
+        """Compile `encode` and `decode`; the VAE inside stays as it is, for previews of other shapes."""
+        self.encode = torch.compile(self.encode, fullgraph=True, dynamic=False)
+        self.decode = torch.compile(self.decode, fullgraph=True, dynamic=False)
 
     def forward(self, pixels: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Moments, latents and reconstruction, under autocast the first two still in float32.
@@ -74,9 +95,9 @@ class TrainableVAE(nn.Module):
         Returns:
             moments (B, 2C, h, w), z (B, C, h, w), reconstruction (B, 3, H, W).
         """
-        moments = encode_moments(self.vae, pixels)
+        moments = self.encode(pixels)
         z = sample(moments, eps)
-        return moments, z, decode(self.vae, z)
+        return moments, z, self.decode(z)
 
 
 @torch.no_grad()

@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Attention, Mlp
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from utils.distributed import all_sum, world_size
 from utils.errors import InputError
+from utils.modules import compile_forward
 
 # Depth, width and heads of each size. The public code names S but cannot run it; T is ours, for laptops and tests.
 SIT_SIZES = {
@@ -51,7 +53,12 @@ class SiT(nn.Module):
             it (its unfreezing of "all parameters" includes the table), the public LDM-only training does not; results
             of both are reproduced only so.
         decoder_hidden_size: width of the last layer in public configurations; must equal `hidden_size`.
+
+    Attributes:
+        grad_checkpoint: whether the backward pass computes each block's activations again instead of keeping them.
     """
+
+    grad_checkpoint = False
 
     def __init__(
         self,
@@ -119,7 +126,7 @@ class SiT(nn.Module):
         x, c = self._embed(x_t, t, labels, drop)  # (B, N, D), (B, D)
         projections = []
         for depth, block in enumerate(self.blocks, start=1):
-            x = block(x, c)  # (B, N, D)
+            x = self._through(block, x, c)  # (B, N, D)
             if depth == self.encoder_depth:
                 projections = [project(x) for project in self.projectors]  # (B, N, F) each
         patches = self.final_layer(x, c)  # (B, N, patch * patch * C)
@@ -129,7 +136,7 @@ class SiT(nn.Module):
         """The projections of `forward` alone: only the first `encoder_depth` blocks run, no label is dropped."""
         x, c = self._embed(x_t, t, labels, None)
         for block in self.blocks[: self.encoder_depth]:
-            x = block(x, c)
+            x = self._through(block, x, c)
         return [project(x) for project in self.projectors]
 
     def normalize(self, z: Tensor) -> Tensor:
@@ -146,6 +153,15 @@ class SiT(nn.Module):
         """scale = rsqrt(running variance), without eps as in public files, and bias = running mean; (1, C, 1, 1)."""
         scale, bias = self.bn.running_var.rsqrt(), self.bn.running_mean.clone()
         return scale.view(1, -1, 1, 1), bias.view(1, -1, 1, 1)
+
+    def compile_blocks(self) -> None:
+        """Compile the blocks, which `forward` and `project` then share; see `utils.modules.compile_forward`."""
+        compile_forward(*self.blocks)
+
+    def _through(self, block: nn.Module, x: Tensor, c: Tensor) -> Tensor:
+        if self.grad_checkpoint and torch.is_grad_enabled():
+            return checkpoint(block, x, c, use_reentrant=False, preserve_rng_state=False)  # a block draws nothing
+        return block(x, c)
 
     def _embed(self, x_t, t, labels, drop):
         """Tokens (B, N, D) with positions, and the conditioning vector (B, D)."""

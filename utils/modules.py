@@ -1,8 +1,9 @@
-"""What is done to any torch module: freezing it for a while, loading it strictly."""
+"""What is done to any torch module: freezing it for a while, loading it strictly, compiling it."""
 
 import contextlib
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 
 from utils.errors import InputError
@@ -38,3 +39,13 @@ def load_strictly(module: nn.Module, state: dict, what: str) -> None:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise InputError(f"{what} {problems[0]}{more}")
     module.load_state_dict(state)
+
+
+def compile_forward(*modules: nn.Module) -> None:
+    """Compile the forward passes of modules in place; hooks, state-dict keys and other methods stay as they are.
+
+    Modules of one class and of equal shapes share their compiled code, so that a transformer waits for one block only.
+    Shapes are static: each new one is compiled anew. What cannot be compiled whole is an error, not a slower run.
+    """
+    for module in modules:
+        module.forward = torch.compile(module.forward, fullgraph=True, dynamic=False)

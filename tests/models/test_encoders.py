@@ -199,7 +199,7 @@ def test_an_encoder_is_frozen_and_its_tokens_take_part_in_losses(name, monkeypat
     assert dtypes == [torch.bfloat16] and half.dtype == torch.float32
     assert 0 < (half - tokens).abs().max() < 0.1 * tokens.abs().max()
 
-    encoder.compile_network(backend="eager", fullgraph=True)
+    encoder.compile_blocks()
     torch.testing.assert_close(encoder(images(64)), tokens)
 
 
