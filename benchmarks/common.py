@@ -10,9 +10,7 @@ import json
 import os
 import platform
 import re
-import resource
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +21,9 @@ import torch
 
 from utils.cards import peak_flops
 from utils.files import write_json
+from utils.memory import forget_peak, peak_gib
+
+__all__ = ["forget_peak", "peak_gib"]  # read from here by the benchmarks
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "torchvision", "timm", "diffusers", "accelerate", "numpy")
@@ -89,28 +90,6 @@ def fastest(calls: dict[str, Callable[[], object]], device: torch.device, *, rep
             if number:
                 rounds[name].append(spent)
     return {name: min(rows, key=lambda row: row.best(device)) for name, rows in rounds.items()}
-
-
-# Memory
-
-
-def forget_peak(device: torch.device) -> None:
-    """From here on `peak_gib` counts anew; on a CPU that is Linux's alone."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_gib(device: torch.device) -> float:
-    """Of the CUDA allocator; on a CPU of the whole process, Python and torch included."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    status = Path("/proc/self/status")
-    if status.exists():
-        return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 2**20
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 # The peak

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import gc
 import json
 import logging
 import math
@@ -21,6 +22,8 @@ from dataset.classes import class_ranges, classes_of
 from dataset.data import ImageData
 from dataset.order import batches, batches_per_epoch
 from training import run_folder
+from training.ahead import Ahead
+from training.optimizer import Optimizer
 from training.trackers import open_trackers
 from training.window import Window
 from utils.checkpoint import checkpoint_path, latest_step, read_checkpoint, write_checkpoint
@@ -28,10 +31,12 @@ from utils.distributed import from_main, launcher_notes, main_first, start_proce
 from utils.errors import InputError, when_interrupted
 from utils.files import require_disk
 from utils.images import save_png
+from utils.memory import peak_gib
 from utils.rng import Draws
 
 logger = logging.getLogger(__name__)
 
+STEPS_BEFORE_FREEZING = 3  # of the garbage collector: by then everything that lives as long as the run is there
 PROGRESS_LOSSES = ("sit_loss", "vae_loss", "proj_loss", "reconstruction_loss")
 
 
@@ -97,6 +102,13 @@ class Run:
             if module is not None:
                 module.to(self.device)
 
+    def tune_convolutions(self, *modules: nn.Module | None) -> None:
+        """For --tune-convolutions: weights and activations of these modules in channels_last, cuDNN's fastest way."""
+        torch.backends.cudnn.benchmark = not self.args.deterministic
+        for module in modules:
+            if module is not None:
+                module.to(memory_format=torch.channels_last)
+
     # ------------------------------------------------------------------ numerics
 
     def _set_numerics(self) -> None:
@@ -134,9 +146,9 @@ class Run:
     # ------------------------------------------------------------------ data
 
     def batches(self, data) -> Iterator:
-        """This process's micro-batches of a data set, from the step where the run starts."""
+        """This process's micro-batches of a data set, on its device, from the step where the run starts."""
         args = self.args
-        return batches(
+        loader = batches(
             data,
             batch_size=args.batch_size,
             seed=args.seed,
@@ -146,6 +158,7 @@ class Run:
             num_workers=args.num_workers,
             pin_memory=self.device.type == "cuda",
         )
+        return Ahead(loader, self.device, self._window.add_wait)
 
     def settle_classes(self, data: ImageData, checkpoint: dict | None) -> None:
         """Give `args.num_classes` its value where the flag was not given, and note the classes that the run sees.
@@ -174,6 +187,7 @@ class Run:
         self,
         data,
         *,
+        optimizers: dict[str, Optimizer],
         checkpoint: Callable[[int], dict],
         evaluate: Callable[[], dict[str, float]] | None = None,
         preview: Callable[[], dict[str, np.ndarray]] | None = None,
@@ -185,6 +199,7 @@ class Run:
         Args:
             data: the data set, whose length makes an epoch; --epochs, where it is given, and --max-train-steps both end
                 the run.
+            optimizers: of the networks, by their short names; their gradient scalers are part of a row.
             checkpoint: contents of the checkpoint after so many steps; called on rank 0.
             evaluate: metrics, the same on every process; called on all of them.
             preview: pictures uint8 (H, W, 3) by name; called on all processes, and rank 0's are kept.
@@ -192,6 +207,7 @@ class Run:
         args = self.args
         in_epoch = max(batches_per_epoch(len(data), args.batch_size) // args.gradient_accumulation_steps, 1)
         self.total_steps = min(args.max_train_steps, (args.epochs or math.inf) * in_epoch)
+        self._scalers = {name: optimizer.scaler for name, optimizer in optimizers.items() if self.scales_loss}
         self._say_length(in_epoch)
         if evaluate is not None and self._lacks_evaluation(args.eval_steps):
             self.log_evaluation(self.start_step, evaluate())
@@ -200,12 +216,14 @@ class Run:
         self._progress = tqdm(
             steps, initial=self.start_step, total=self.total_steps, disable=not self.is_main, desc=args.exp_name
         )
-        with when_interrupted(self._what_stays):
+        with when_interrupted(self._what_stays), frozen_garbage() as freeze:
             for step in self._progress:
                 self._window.start_step()
                 yield step
 
                 self._done = done = step + 1
+                if done - self.start_step == STEPS_BEFORE_FREEZING:
+                    freeze()
                 if self._is_due(done, args.checkpointing_steps):
                     self.save(done, partial(checkpoint, done))
                 if evaluate is not None and self._is_due(done, args.eval_steps):
@@ -258,6 +276,20 @@ class Run:
         size += sum(tensor.nbytes for module in copies for tensor in module.parameters())
         require_disk(self.folder, size, "--output-dir: a checkpoint")
 
+    def say_how(self, *, compiled: str) -> None:
+        """One line on how the run computes, for its log; `compiled`: what is, where --compile holds."""
+        if not self.is_main:
+            return
+        args = self.args
+        share = f"{args.batch_size // self.world_size} on each of {self.world_size}"
+        micro = f", {args.gradient_accumulation_steps} times a step" if args.gradient_accumulation_steps > 1 else ""
+        card = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        exact = "TF32" if args.allow_tf32 and self.device.type == "cuda" else "float32"
+        precision = exact if self.autocast_dtype is None else f"{args.mixed_precision} autocast over {exact}"
+        compiling = f"compiled: {compiled}" if args.compile else "not compiled"
+        images = f"{args.batch_size} images a step = {share}{micro}"
+        logger.info("%s (%s, %d threads); %s; %s", images, card, torch.get_num_threads(), precision, compiling)
+
     def open_folder(self, *, from_checkpoint: tuple[str, ...] = ()) -> None:
         """Make the folder, args.json, the log and the tracker. Everything that can be checked has been.
 
@@ -295,8 +327,8 @@ class Run:
             return
 
         row = self._window.close(images_per_step=args.batch_size * args.gradient_accumulation_steps)
-        if self.device.type == "cuda":
-            row["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        row["peak_memory_gib"] = peak_gib(self.device)
+        row |= {f"loss_scale_{name}": scaler.get_scale() for name, scaler in self._scalers.items()}
         if self.is_main:
             self._append(run_folder.METRICS, done, row)
             self._progress.set_postfix({key: f"{row[key]:.4f}" for key in PROGRESS_LOSSES if key in row})
@@ -341,3 +373,21 @@ class Run:
         for handler in self._handlers:
             logging.getLogger().removeHandler(handler)
             handler.close()
+
+
+@contextlib.contextmanager
+def frozen_garbage() -> Iterator[Callable[[], None]]:
+    """Give a function that takes all that lives now out of the garbage collector's sight, until the block ends.
+
+    Networks and optimisers are a few hundred thousand objects, and a full collection looks at each of them: a stall of
+    a tenth of a second, on one process while the others wait for it.
+    """
+
+    def freeze() -> None:
+        gc.collect()
+        gc.freeze()
+
+    try:
+        yield freeze
+    finally:
+        gc.unfreeze()
