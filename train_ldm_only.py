@@ -72,7 +72,7 @@ def train_step(
     logs = {}
     for micro_step in range(micro_steps):
         # mean_std (B, 2C, h, w); images uint8 (B, 3, H, W) if there is an encoder to look at them; labels (B,)
-        mean_std, *images, labels = (x.to(run.device, non_blocking=True) for x in next(data))
+        mean_std, *images, labels = next(data)
         with run.autocast():
             targets = [resize_tokens(encoder(*images), nets.sit.grid) for encoder in nets.encoders]  # (B, N, F)
         posterior_eps, noise, t, drop = noising.draw(run.draws(step, micro_step), nets.latent_shape)
@@ -121,9 +121,8 @@ def main(argv: list[str] | None = None) -> None:
     run.open_folder()
     nets.sit_ddp = run.wrap(nets.sit.train())
     if args.compile:
-        nets.sit_ddp.compile()
-        for encoder in nets.encoders:
-            encoder.compile_network()
+        compile_networks(nets)
+    run.say_how(compiled="SiT's blocks, encoder's blocks")
 
     settings = dict(
         micro_steps=args.gradient_accumulation_steps,
@@ -133,6 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     steps = run.steps(
         data,
+        optimizers=dict(sit=optimizer),
         checkpoint=partial(checkpoint_contents, args, nets, optimizer),
         evaluate=evaluate and (lambda: evaluate(nets.ema, nets.vae, nets.sit.latent_stats())),
         preview=partial(previews, args, run, nets),
@@ -168,6 +168,7 @@ def build_networks(args, run: Run, latents: LatentData, checkpoint: dict | None)
         qk_norm=args.qk_norm,
         fused_attn=args.fused_attn,
     )
+    sit.grad_checkpoint = "sit" in args.grad_checkpoint
     stored = latent_statistics(args.vae_ckpt, vae) or cached_statistics(latents)
     sit.set_latent_stats(*stored)
     run.notes += resizing_notes(encoders, sit.grid)
@@ -202,6 +203,13 @@ def build_optimizer(args, run: Run, nets: Networks, checkpoint: dict | None) -> 
     if checkpoint is not None:
         restore({"opt": optimizer}, checkpoint, str(run.resume_from))
     return optimizer
+
+
+def compile_networks(nets: Networks) -> None:
+    """In place, so that state dicts keep their names."""
+    nets.sit.compile_blocks()
+    for encoder in nets.encoders:
+        encoder.compile_blocks()
 
 
 def checkpoint_contents(args, nets: Networks, optimizer: Optimizer, step: int) -> dict:

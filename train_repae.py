@@ -35,7 +35,7 @@ from loss.velocity import velocity_loss
 from models.discriminator import PatchDiscriminator, load_discriminator, require_resolution
 from models.encoders import Encoder, load_encoders, resize_tokens, resizing_notes
 from models.interpolant import Noising, interpolate
-from models.posterior import TrainableVAE, measure_latent_statistics
+from models.posterior import TrainableVAE, measure_latent_statistics, sample
 from models.sit import SiT, build_sit
 from models.sit_files import find_sit_state, load_sit, start_from
 from models.vae import build_vae, latent_shape, latent_statistics, load_vae, require_trainable, vae_config
@@ -87,46 +87,54 @@ def train_step(
     vae_align_proj_coeff: float,
     ema_decay: float,
     stop_grad: bool = True,
+    vae_every: int = 1,
 ) -> dict[str, Tensor]:
     """One optimiser step of VAE, discriminator and SiT, over `micro_steps` batches; returns the scalars to log.
 
     `optimizers` are called as in checkpoints: `opt` is SiT's, `opt_vae` the VAE's, `opt_disc` the discriminator's.
     """
     logs = {}
+    vae_learns = step % vae_every == 0  # at every step, in the paper
     for micro_step in range(micro_steps):
         last = micro_step == micro_steps - 1
-        images, labels = (x.to(run.device, non_blocking=True) for x in next(data))  # uint8 (B, 3, H, W), (B,)
+        images, labels = next(data)  # uint8 (B, 3, H, W), (B,)
         pixels = to_signed(images)
         with run.autocast():
             targets = [resize_tokens(encoder(images), nets.sit.grid) for encoder in nets.encoders]  # (B, N, F)
         posterior_eps, noise, t, drop = noising.draw(run.draws(step, micro_step), nets.latent_shape)
 
         with run.synchronised(nets.vae_ddp, nets.discriminator_ddp, nets.sit_ddp, when=last):
-            # 1. VAE: reconstruct, and align the latents through a frozen SiT (running statistics, no label dropped).
-            nets.sit.eval()
-            with frozen(nets.sit, nets.discriminator):
-                with run.autocast():
-                    moments, z, reconstruction = nets.vae_ddp(pixels, posterior_eps)
-                reconstruction = reconstruction.float()
-                vae_loss, terms = nets.vae_loss(pixels, reconstruction, moments, nets.discriminator, step)
-                x_t, velocity_target = interpolate(nets.sit.normalize(z), noise, t, noising.path_type)
-                with run.autocast():
-                    if stop_grad:
-                        projections = nets.sit.project(x_t, t, labels)
-                    else:  # the paper's negative control: the diffusion loss reaches the VAE
-                        velocity, projections = nets.sit(x_t, t, labels)
-                        vae_loss = vae_loss + velocity_loss(velocity, velocity_target).mean()
-                vae_align_loss = alignment_loss(projections, targets)
-                vae_loss = vae_loss + vae_align_proj_coeff * vae_align_loss
-                optimizers.opt_vae.backward(vae_loss / micro_steps)
-            grad_norm_vae = optimizers.opt_vae.step() if last else None
+            scalars = {}
+            if vae_learns:
+                # 1. VAE: reconstruct, and align z through a frozen SiT (running statistics, no label dropped).
+                nets.sit.eval()
+                with frozen(nets.sit, nets.discriminator):
+                    with run.autocast():
+                        moments, z, reconstruction = nets.vae_ddp(pixels, posterior_eps)
+                    reconstruction = reconstruction.float()
+                    vae_loss, terms = nets.vae_loss(pixels, reconstruction, moments, nets.discriminator, step)
+                    x_t, velocity_target = interpolate(nets.sit.normalize(z), noise, t, noising.path_type)
+                    with run.autocast():
+                        if stop_grad:
+                            projections = nets.sit.project(x_t, t, labels)
+                        else:  # the paper's negative control: the diffusion loss reaches the VAE
+                            velocity, projections = nets.sit(x_t, t, labels)
+                            vae_loss = vae_loss + velocity_loss(velocity, velocity_target).mean()
+                    vae_align_loss = alignment_loss(projections, targets)
+                    vae_loss = vae_loss + vae_align_proj_coeff * vae_align_loss
+                    optimizers.opt_vae.backward(vae_loss / micro_steps)
+                grad_norm_vae = optimizers.opt_vae.step() if last else None
 
-            # 2. Discriminator: real against the same reconstruction, detached; two calls, each its own statistics.
-            logits_real = nets.discriminator_ddp(pixels)
-            logits_fake = nets.discriminator_ddp(reconstruction.detach())
-            d_loss, d_terms = nets.discriminator_loss(logits_real, logits_fake, step)
-            optimizers.opt_disc.backward(d_loss / micro_steps)
-            grad_norm_disc = optimizers.opt_disc.step() if last else None
+                # 2. Discriminator: real against the same reconstruction, detached; two calls, each its own statistics.
+                logits_real = nets.discriminator_ddp(pixels)
+                logits_fake = nets.discriminator_ddp(reconstruction.detach())
+                d_loss, d_terms = nets.discriminator_loss(logits_real, logits_fake, step)
+                optimizers.opt_disc.backward(d_loss / micro_steps)
+                grad_norm_disc = optimizers.opt_disc.step() if last else None
+                scalars |= dict(vae_loss=vae_loss, vae_align_loss=vae_align_loss, **terms, **d_terms)
+            else:
+                with torch.no_grad(), run.autocast():
+                    z = sample(nets.vae.encode(pixels), posterior_eps)
 
             # 3. SiT: the same t and noise on detached latents, so that the diffusion loss cannot collapse the VAE.
             nets.sit.train()
@@ -139,21 +147,14 @@ def train_step(
             optimizers.opt.backward(sit_loss / micro_steps)
             grad_norm_sit = optimizers.opt.step() if last else None
 
-        scalars = dict(
-            sit_loss=sit_loss,
-            denoising_loss=denoising_loss,
-            proj_loss=proj_loss,
-            vae_loss=vae_loss,
-            vae_align_loss=vae_align_loss,
-            **terms,
-            **d_terms,
-        )
+        scalars |= dict(sit_loss=sit_loss, denoising_loss=denoising_loss, proj_loss=proj_loss)
         for name, value in scalars.items():
             logs[name] = logs.get(name, 0) + value.detach() / micro_steps
 
     # 4. EMA of SiT's parameters and of its normaliser.
     update_ema(nets.ema, nets.sit, ema_decay)
-    return logs | dict(grad_norm_sit=grad_norm_sit, grad_norm_vae=grad_norm_vae, grad_norm_disc=grad_norm_disc)
+    logs["grad_norm_sit"] = grad_norm_sit
+    return logs | (dict(grad_norm_vae=grad_norm_vae, grad_norm_disc=grad_norm_disc) if vae_learns else {})
 
 
 @command
@@ -170,6 +171,8 @@ def main(argv: list[str] | None = None) -> None:
         nets = build_networks(args, run, checkpoint)
         run.to_device(nets.sit, nets.ema, nets.vae, nets.discriminator, *nets.encoders)
         run.to_device(nets.vae_loss.lpips, nets.discriminator_loss)
+        if args.tune_convolutions:
+            run.tune_convolutions(nets.vae, nets.discriminator, nets.vae_loss.lpips)
         optimizers = build_optimizers(args, run, nets, checkpoint)
         run.require_room([nets.sit, nets.vae, nets.discriminator], copies=[nets.ema])
     evaluate = online_evaluation(args, run)
@@ -183,6 +186,7 @@ def main(argv: list[str] | None = None) -> None:
     nets.discriminator_ddp = run.wrap(nets.discriminator.train())
     if args.compile:
         compile_networks(nets)
+    run.say_how(compiled="SiT's blocks, VAE, encoder's blocks")
 
     settings = dict(
         micro_steps=args.gradient_accumulation_steps,
@@ -191,9 +195,11 @@ def main(argv: list[str] | None = None) -> None:
         vae_align_proj_coeff=args.vae_align_proj_coeff,
         ema_decay=args.ema_decay,
         stop_grad=args.stop_grad,
+        vae_every=args.vae_every,
     )
     steps = run.steps(
         data,
+        optimizers=dict(sit=optimizers.opt, vae=optimizers.opt_vae, disc=optimizers.opt_disc),
         checkpoint=partial(checkpoint_contents, args, nets, optimizers),
         evaluate=evaluate and (lambda: evaluate(nets.ema, nets.vae.vae, nets.ema.latent_stats())),
         preview=partial(previews, args, run, nets, data),
@@ -249,6 +255,9 @@ def build_networks(args, run: Run, checkpoint: dict | None) -> Networks:
         latent_shape=shape,
         latent_stats=latent_stats,
     )
+    nets.sit.grad_checkpoint = "sit" in args.grad_checkpoint
+    if "vae" in args.grad_checkpoint:
+        nets.vae.checkpoint_activations()
     if checkpoint is not None:
         run.notes += load_networks(nets, checkpoint, str(run.resume_from))
     return nets
@@ -311,12 +320,11 @@ def build_optimizers(args, run: Run, nets: Networks, checkpoint: dict | None) ->
 
 
 def compile_networks(nets: Networks) -> None:
-    """In place, so that state dicts keep their names. `project` is a pass of its own and is compiled by itself."""
-    nets.sit_ddp.compile()
-    nets.vae_ddp.compile()
-    nets.sit.project = torch.compile(nets.sit.project)
+    """In place, so that state dicts keep their names."""
+    nets.sit.compile_blocks()
+    nets.vae.compile_halves()
     for encoder in nets.encoders:
-        encoder.compile_network()
+        encoder.compile_blocks()
 
 
 def checkpoint_contents(args, nets: Networks, optimizers: SimpleNamespace, step: int) -> dict:

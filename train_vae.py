@@ -65,7 +65,7 @@ def train_step(
     for micro_step in range(micro_steps):
         last = micro_step == micro_steps - 1
         images, _ = next(data)
-        pixels = to_signed(images.to(run.device, non_blocking=True))  # [-1, 1] (B, 3, H, W)
+        pixels = to_signed(images)  # [-1, 1] (B, 3, H, W)
         posterior_eps = run.draws(step, micro_step).normal("posterior", *nets.latent_shape)
 
         with run.synchronised(nets.vae_ddp, nets.discriminator_ddp, when=last):
@@ -102,6 +102,8 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint = run.read_checkpoint(need=CHECKPOINT_ENTRIES)
         nets = build_networks(args, run, checkpoint)
         run.to_device(nets.vae, nets.discriminator, nets.vae_loss.lpips, nets.discriminator_loss)
+        if args.tune_convolutions:
+            run.tune_convolutions(nets.vae, nets.discriminator, nets.vae_loss.lpips)
         optimizers = build_optimizers(args, run, nets, checkpoint)
         run.require_room([nets.vae, nets.discriminator], copies=[])
         if not (args.overwrite or run.goes_on):
@@ -111,10 +113,12 @@ def main(argv: list[str] | None = None) -> None:
     run.open_folder(from_checkpoint=("vae", "vae_ckpt", "disc_pretrained_ckpt"))
     nets.vae_ddp, nets.discriminator_ddp = run.wrap(nets.vae.train()), run.wrap(nets.discriminator.train())
     if args.compile:
-        nets.vae_ddp.compile()
+        nets.vae.compile_halves()
+    run.say_how(compiled="VAE")
 
     steps = run.steps(
         data,
+        optimizers=dict(vae=optimizers.opt_vae, disc=optimizers.opt_disc),
         checkpoint=partial(checkpoint_contents, args, nets, optimizers),
         preview=partial(previews, args, run, nets, data),
     )
@@ -143,7 +147,10 @@ def build_networks(args, run: Run, checkpoint: dict | None) -> Networks:
         require_trainable(vae)
         discriminator = load_discriminator(args.disc_pretrained_ckpt)
     require_resolution(args.resolution)
-    return Networks(TrainableVAE(vae), discriminator, vae_loss, discriminator_loss, latent_shape(vae, args.resolution))
+    trainable = TrainableVAE(vae)
+    if "vae" in args.grad_checkpoint:
+        trainable.checkpoint_activations()
+    return Networks(trainable, discriminator, vae_loss, discriminator_loss, latent_shape(vae, args.resolution))
 
 
 def build_optimizers(args, run: Run, nets: Networks, checkpoint: dict | None) -> SimpleNamespace:

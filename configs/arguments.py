@@ -46,9 +46,12 @@ def repae_parser() -> ArgumentParser:
     align.add_argument("--vae-align-proj-coeff", type=natural_float, default=1.5, help="weight of VAE's alignment loss")
     on_off(align, "--stop-grad", True, "keep the diffusion loss out of the VAE; without it the latents collapse")
     add_vae_flags(parser, default="f8d4", ckpt="pretrained/sdvae-f8d4/sdvae-f8d4.pt", fresh=True)
-    add_vae_loss_flags(parser, "--vae-learning-rate")
+    loss = add_vae_loss_flags(parser, "--vae-learning-rate")
+    loss.add_argument(
+        "--vae-every", type=positive_int, default=1, help="VAE and discriminator learn at every so many steps alone"
+    )
     add_online_evaluation_flags(parser)
-    add_training_flags(parser)
+    add_training_flags(parser, networks=("vae", "sit"))
     return parser
 
 
@@ -61,7 +64,7 @@ def ldm_only_parser() -> ArgumentParser:
     vae = add_vae_flags(parser, default="f16d32", ckpt="pretrained/e2e-vavae-400k/e2e-vavae-400k.pt")
     vae.add_argument("--vae-latents-name", default="e2e-vavae-400k", help="latents cached by cache_latents.py")
     add_online_evaluation_flags(parser)
-    add_training_flags(parser)
+    add_training_flags(parser, networks=("sit",))
     parser.set_defaults(model="SiT-XL/1")
     return parser
 
@@ -72,7 +75,7 @@ def vae_parser() -> ArgumentParser:
     add_data_flags(parser, labels=False)
     add_vae_flags(parser, default="f8d4", ckpt=None)
     add_vae_loss_flags(parser, "--learning-rate", "--vae-learning-rate")
-    add_training_flags(parser, learning_rate=False)
+    add_training_flags(parser, networks=("vae",), learning_rate=False)
     parser.set_defaults(max_train_steps=100000)
     return parser
 

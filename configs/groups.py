@@ -11,6 +11,7 @@ from configs.parsing import (
     paths,
     positive_float,
     positive_int,
+    some_of,
     unit_float,
 )
 
@@ -63,8 +64,11 @@ def add_online_evaluation_flags(parser) -> None:
     )
 
 
-def add_training_flags(parser, *, learning_rate: bool = True) -> None:
-    """Length, batch, optimiser, precision: what all training scripts share; SiT's learning rate where there is one."""
+def add_training_flags(parser, *, networks: tuple[str, ...], learning_rate: bool = True) -> None:
+    """Length, batch, optimiser, precision: what all training scripts share; SiT's learning rate where there is one.
+
+    `networks` are those that can be checkpointed: "vae", "sit".
+    """
     train = parser.add_argument_group("training")
     train.add_argument("--max-train-steps", type=positive_int, default=400000, help="optimiser steps in all")
     train.add_argument("--epochs", type=positive_int, help="passes over the data at most (default: no limit)")
@@ -80,6 +84,13 @@ def add_training_flags(parser, *, learning_rate: bool = True) -> None:
     train.add_argument("--mixed-precision", default="fp16", choices=["no", "fp16", "bf16"], help="autocast of networks")
     on_off(train, "--allow-tf32", True, "TF32 products in float32 code on CUDA")
     on_off(train, "--compile", None, "torch.compile the networks (default: on CUDA yes, without no)")
+    train.add_argument(
+        "--grad-checkpoint",
+        type=some_of(*networks),
+        default=[],
+        metavar=",".join(networks),
+        help="networks whose backward pass computes their activations again: less memory, more time",
+    )
     on_off(train, "--deterministic", False, "bit-reproducible CUDA kernels, at some speed")
     train.add_argument("--seed", type=natural_int, default=0, help="of every random draw")
 
@@ -146,8 +157,9 @@ def add_vae_flags(parser, *, default: str, ckpt: str | None, fresh: bool = False
     return vae
 
 
-def add_vae_loss_flags(parser, *learning_rate: str) -> None:
-    """The VAE's losses, its discriminator, and the learning rates of both; the VAE's has these spellings."""
+def add_vae_loss_flags(parser, *learning_rate: str):
+    """The VAE's losses, its discriminator, and the learning rates of both, of which the VAE's has these spellings;
+    returns the group."""
     loss = parser.add_argument_group("VAE loss")
     loss.add_argument(
         "--loss-cfg-path",
@@ -155,6 +167,7 @@ def add_vae_loss_flags(parser, *learning_rate: str) -> None:
         default=Shipped("configs/l1_lpips_kl_gan.yaml"),
         help="weights of the VAE's losses",
     )
+    on_off(loss, "--tune-convolutions", False, "channels_last and cuDNN's choice by trial; sums round otherwise")
     loss.add_argument("--lpips-weights", type=path, help="torchvision vgg16 state dict (default: downloaded once)")
     loss.add_argument("--disc-pretrained-ckpt", type=path, help="discriminator to start from (default: fresh)")
     loss.add_argument(
@@ -166,6 +179,7 @@ def add_vae_loss_flags(parser, *learning_rate: str) -> None:
         help="of the VAE's AdamW",
     )
     loss.add_argument("--disc-learning-rate", type=natural_float, default=1e-4, help="of the discriminator's AdamW")
+    return loss
 
 
 def add_feature_flags(parser, *, more: str = ""):

@@ -82,6 +82,18 @@ def grid_shape(text: str) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
+def some_of(*names: str) -> Callable[[str], list[str]]:
+    """Some of these names, between commas."""
+
+    def parse(text: str) -> list[str]:
+        chosen = [name.strip() for name in text.split(",")]
+        if not set(chosen) <= set(names):
+            raise argparse.ArgumentTypeError(f"{text!r} was given, a comma list of {', '.join(names)} is needed")
+        return chosen
+
+    return parse
+
+
 class Shipped(str):
     """A default that is a file of this repository, named from its root: found from any folder (a path that is given
     counts from the current folder, also where it reads the same)."""

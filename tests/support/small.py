@@ -21,6 +21,7 @@ from loss.config import VAELossConfig
 from models.discriminator import PatchDiscriminator
 from models.vae import build_vae
 from models.vae_files import save_vae_files
+from training.window import SPEEDS
 
 ROOT = Path(__file__).parents[2]
 RESOLUTION, COUNT, CLASSES = 24, 20, 4
@@ -162,7 +163,7 @@ def checkpoint(output: Path, name: str, step: int) -> dict:
 def metrics(output: Path, name: str) -> list[dict]:
     """The rows of metrics.jsonl without the speed, which no two runs share."""
     rows = [json.loads(line) for line in (output / name / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "images_per_second"} for row in rows]
+    return [{key: value for key, value in row.items() if key not in SPEEDS} for row in rows]
 
 
 def assert_same(actual, expected, where: str = "checkpoint") -> None:

@@ -10,6 +10,7 @@ from wandb.errors import AuthenticationError
 import train_ldm_only
 from tests.support import small
 from training import trackers
+from training.window import SPEEDS
 
 
 class FakeWandB:
@@ -73,7 +74,7 @@ def test_without_a_key_it_runs_offline_and_says_where(wandb, place, tmp_path, mo
     where = {"name": "run", "dir": str(tmp_path / "run" / "logs"), "mode": "offline"}
     assert where.items() <= tracker.options.items()
     assert tracker.config["learning_rate"] == 1e-4 and tracker.config["report_to"] == "wandb"
-    *rows, evaluation = [{key: row[key] for key in row if key != "images_per_second"} for row in tracker.rows]
+    *rows, evaluation = [{key: row[key] for key in row if key not in SPEEDS} for row in tracker.rows]
     assert rows == small.metrics(tmp_path, "run")
     assert evaluation == json.loads((tmp_path / "run" / "evaluations.jsonl").read_text())
     assert tracker.images == [(4, {"samples": (1, small.RESOLUTION, 8 * small.RESOLUTION, 3)})]

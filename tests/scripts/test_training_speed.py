@@ -1,0 +1,225 @@
+"""What makes a training step cheaper: how much of it still is the same step."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import train_ldm_only
+import train_repae
+import train_vae
+from dataset.data import LatentsAndLabels
+from tests.support import small
+from training.window import SPEEDS
+
+SCRIPTS = {"train_repae": train_repae, "train_ldm_only": train_ldm_only, "train_vae": train_vae}
+NETWORKS = {"train_repae": "vae,sit", "train_ldm_only": "sit", "train_vae": "vae"}
+OF_THE_VAE = {"vae_loss", "vae_align_loss", "reconstruction_loss", "d_loss", "grad_norm_vae", "grad_norm_disc"}
+
+
+def train(script: str, place, output: Path, name: str, **options) -> None:
+    SCRIPTS[script].main(small.OPTIONS[script](place, output, name, **options))
+
+
+@pytest.fixture(scope="module")
+def plain(place, tmp_path_factory):
+    """`plain(script)`: folder and name of an ordinary run of 4 steps; made once."""
+    output, made = tmp_path_factory.mktemp("plain"), set()
+
+    def run(script: str) -> tuple[Path, str]:
+        if script not in made:
+            train(script, place, output, script)
+            made.add(script)
+        return output, script
+
+    return run
+
+
+def moved(output: Path, name: str, entry: str) -> set[str]:
+    """Which tensors of a checkpoint's entry the steps from 2 to 4 have changed."""
+    before, after = (small.checkpoint(output, name, step)[entry] for step in (2, 4))
+    return {key for key in before if not torch.equal(before[key], after[key])}
+
+
+# --vae-every
+
+
+def test_between_its_steps_the_vae_rests_and_sit_goes_on(place, tmp_path):
+    """K = 2: VAE and discriminator learn at steps 0 and 2; the rows of steps 1 and 3 hold no loss of theirs."""
+    train("train_repae", place, tmp_path, "run", vae_every=2, checkpointing_steps=1)
+    rows = small.metrics(tmp_path, "run")
+    for row, learns in zip(rows, (True, False, True, False), strict=True):
+        assert OF_THE_VAE & row.keys() == (OF_THE_VAE if learns else set())
+        assert {"sit_loss", "denoising_loss", "proj_loss", "grad_norm_sit"} <= row.keys()
+
+    one, two, three = (small.checkpoint(tmp_path, "run", step) for step in (1, 2, 3))
+    for entry in ("vae", "discriminator", "opt_vae", "opt_disc"):
+        small.assert_same(one[entry], two[entry])
+        with pytest.raises(AssertionError):
+            small.assert_same(two[entry], three[entry])
+    for entry in ("model", "ema", "opt"):
+        with pytest.raises(AssertionError):
+            small.assert_same(one[entry], two[entry])
+
+
+def test_a_row_of_several_steps_averages_over_those_that_have_the_loss(place, tmp_path):
+    train("train_repae", place, tmp_path, "each", vae_every=2, max_train_steps=3)
+    train("train_repae", place, tmp_path, "all", vae_every=2, max_train_steps=3, log_steps=3, checkpointing_steps=3)
+    first, second, third = small.metrics(tmp_path, "each")
+    (row,) = small.metrics(tmp_path, "all")
+    assert row["vae_loss"] == pytest.approx((first["vae_loss"] + third["vae_loss"]) / 2)
+    assert row["sit_loss"] == pytest.approx((first["sit_loss"] + second["sit_loss"] + third["sit_loss"]) / 3)
+
+
+def test_latents_are_those_of_the_vae_that_rests(plain, place, tmp_path):
+    """The step after a VAE's update is SiT's alone, on the latents that an ordinary step has: equal loss of SiT."""
+    train("train_repae", place, tmp_path, "run", vae_every=4, max_train_steps=2)
+    rest, ordinary = small.metrics(tmp_path, "run")[1], small.metrics(*plain("train_repae"))[1]
+    for name in ("sit_loss", "denoising_loss", "proj_loss", "grad_norm_sit"):
+        assert rest[name] == pytest.approx(ordinary[name], rel=1e-6)
+
+
+def test_a_resumed_run_keeps_the_vaes_turns(place, tmp_path):
+    options = dict(vae_every=3, gradient_accumulation_steps=2)
+    train("train_repae", place, tmp_path, "whole", **options)
+    train("train_repae", place, tmp_path, "run", max_train_steps=2, **options)
+    train("train_repae", place, tmp_path, "run", resume="latest", **options)
+    actual, expected = small.checkpoint(tmp_path, "run", 4), small.checkpoint(tmp_path, "whole", 4)
+    assert actual.pop("args") and expected.pop("args")
+    small.assert_same(actual, expected)
+    assert small.metrics(tmp_path, "run") == small.metrics(tmp_path, "whole")
+
+
+# Memory and form
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_checkpointed_activations_change_no_bit(script, plain, place, tmp_path):
+    """The backward pass computes the same numbers again: on a CPU to the last bit, with the discriminator's too."""
+    train(script, place, tmp_path, "run", grad_checkpoint=NETWORKS[script])
+    actual, expected = small.checkpoint(tmp_path, "run", 4), small.checkpoint(*plain(script), 4)
+    assert actual.pop("args") and expected.pop("args")
+    small.assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("script", ["train_repae", "train_vae"])
+def test_tuned_convolutions_are_the_same_up_to_rounding(script, plain, place, tmp_path):
+    train(script, place, tmp_path, "run", tune_convolutions=True, max_train_steps=2)
+    for row, expected in zip(small.metrics(tmp_path, "run"), small.metrics(*plain(script)), strict=False):
+        assert row == pytest.approx(expected, rel=2e-3, abs=1e-4)
+    weights = small.checkpoint(tmp_path, "run", 2)["vae"]["decoder.conv_in.weight"]
+    assert weights.is_contiguous(memory_format=torch.channels_last)
+
+
+# Compiling
+
+
+@pytest.fixture
+def nothing_compiled():
+    """As in a new process."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("nothing_compiled")
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("train_repae", {}),
+        ("train_repae", dict(stop_grad=False)),
+        ("train_repae", dict(vae_every=2, grad_checkpoint="vae,sit")),
+        ("train_ldm_only", {}),
+        ("train_vae", {}),
+    ],
+    ids=str,
+)
+def test_compiled_training_is_near_and_moves_the_same_tensors(script, options, place, tmp_path):
+    """A graph that overlooked a frozen network would move too much or too little."""
+    for name in ("eager", "compiled"):
+        train(script, place, tmp_path, name, compile=name == "compiled", **options)
+    for row, expected in zip(small.metrics(tmp_path, "compiled"), small.metrics(tmp_path, "eager"), strict=True):
+        assert row == pytest.approx(expected, rel=2e-3, abs=1e-4)
+    for entry in {"model", "ema", "vae", "discriminator"} & small.checkpoint(tmp_path, "eager", 4).keys():
+        found = moved(tmp_path, "compiled", entry)
+        assert found and found == moved(tmp_path, "eager", entry), entry
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("nothing_compiled")
+def test_nothing_is_compiled_again_after_the_first_steps(place, tmp_path, monkeypatch):
+    """With previews, checkpoints and resting steps of the VAE between them."""
+    graphs = []
+    step = train_repae.train_step
+
+    def counted(*args, **options):
+        scalars = step(*args, **options)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        return scalars
+
+    monkeypatch.setattr(train_repae, "train_step", counted)
+    options = dict(max_train_steps=8, vae_every=2, num_preview=2, sampling_steps=3)
+    train("train_repae", place, tmp_path, "run", compile=True, **options)
+    assert 0 < graphs[0] < graphs[1] == graphs[-1]
+
+
+# The device is never waited for
+
+
+class NoLook(TorchDispatchMode):
+    """Refuses what makes the host wait for a value on the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket not in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_step_reads_a_value(script, place, tmp_path, monkeypatch):
+    """Of the steps alone: the rows between them do. (AdamW counts its steps on the CPU, where it may look at them.)"""
+    step = SCRIPTS[script].train_step
+
+    def watched(*args, **options):
+        optimizers = args[2]
+        for optimizer in vars(optimizers).values() if not hasattr(optimizers, "adamw") else [optimizers]:
+            monkeypatch.setattr(optimizer.adamw, "step", lambda *_, **__: None)
+        with NoLook():
+            return step(*args, **options)
+
+    monkeypatch.setattr(SCRIPTS[script], "train_step", watched)
+    train(script, place, tmp_path, "run", max_train_steps=2)
+
+
+# What a run says
+
+
+def test_a_run_says_how_it_computes(place, tmp_path):
+    train("train_repae", place, tmp_path, "run", max_train_steps=1, gradient_accumulation_steps=2)
+    (line,) = [line for line in (tmp_path / "run" / "log.txt").read_text().splitlines() if " a step = " in line]
+    assert line.endswith("8 images a step = 8 on each of 1, 2 times a step (CPU, 1 threads); float32; not compiled")
+
+
+def test_every_row_has_the_speeds_and_fp16s_scales(place, tmp_path):
+    train("train_repae", place, tmp_path, "run", max_train_steps=2, mixed_precision="fp16")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        assert set(SPEEDS) - row.keys() == {"mfu"}  # which a CPU has not
+        assert row["images_per_second"] > 0 and 0 < row["data_wait_share"] < 1 and 0.1 < row["peak_memory_gib"] < 30
+        assert {row[f"loss_scale_{name}"] for name in ("sit", "vae", "disc")} <= {2.0**k for k in range(10, 18)}
+
+
+def test_the_share_of_waiting_is_the_loaders(place, tmp_path, monkeypatch):
+    """A loader that takes as long as ten steps is most of the time."""
+    read = LatentsAndLabels.__getitems__
+
+    def slow(self, indices):
+        time.sleep(0.5)
+        return read(self, indices)
+
+    monkeypatch.setattr(LatentsAndLabels, "__getitems__", slow)
+    train("train_ldm_only", place, tmp_path, "run", max_train_steps=2)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["data_wait_share"] > 0.6 for row in rows)
