@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from configs.options import PARSERS
-from examples.digits import judge, make_images, pretrain_encoder, report, study
+from examples.digits import compute, judge, make_images, pretrain_encoder, report, study
 from loss.config import read_loss_config
 from models.encoders import load_encoder
 from models.vae import build_vae
@@ -138,7 +138,7 @@ def test_the_study_measures_and_shows(tmp_path, monkeypatch, real, trained_judge
     drawn = []
     monkeypatch.setattr(study, "run", lambda *words: drawn.append(PARSERS[words[0]]().parse_args(map(str, words[1:]))))
     monkeypatch.setattr(study, "samples_of", lambda folder, name, steps: (images, labels))
-    monkeypatch.setattr(study, "load_trained", lambda path: SimpleNamespace(vae=build_vae("f4d4-tiny").eval()))
+    monkeypatch.setattr(study, "load_trained", lambda path, steps: SimpleNamespace(vae=build_vae("f4d4-tiny").eval()))
     found = study.measure(tmp_path, "repa-e-1", 7, 1, trained_judge[0], images)
     assert found["fd"] == pytest.approx(0, abs=1e-6) and found["accuracy"] > 0.9 and 0 < found["psnr"] < 30
     assert drawn[0].exp_path == str(tmp_path / "exps/repa-e-1") and drawn[0].label_sampling == "equal"
@@ -192,3 +192,28 @@ def test_missing_folder_is_one_line(tmp_path, capsys, main, flag):
     error = capsys.readouterr().err
     assert flag in error and error.count("\n") == 1
     assert not any(tmp_path.iterdir())
+
+
+def test_the_study_of_compute_gives_every_method_the_time_of_the_first(tmp_path, monkeypatch, trained_judge, real):
+    """Steps that cost 4, 2, 1 and 0.5 s: 8, 16, 32 and 64 of them; each run is measured after 8 and at its end."""
+    costs = dict(zip(compute.TURNS, (4.0, 2.0, 1.0, 0.5), strict=True))
+    trained, measured = [], []
+
+    def run(*words, threads=1):
+        args = vars(PARSERS[words[0]]().parse_args([str(word) for word in words[1:]]))
+        every = args.get("vae_every")
+        trained.append((every, args["max_train_steps"]))
+        name = next(name for name, turn in compute.TURNS.items() if turn == every)
+        return 10 + costs[name] * args["max_train_steps"]
+
+    monkeypatch.setattr(study, "run", run)
+    monkeypatch.setattr(study, "prepare", lambda *_: None)
+    monkeypatch.setattr(judge, "load_digits_data", lambda _: (real[0], real[1]))
+    monkeypatch.setattr(judge, "train_judge", lambda *_: (trained_judge[0], 0.9))
+    numbers = dict(fd=1.0, accuracy=0.5, psnr=20.0)
+    monkeypatch.setattr(study, "measure", lambda folder, name, steps, *_: measured.append((name, steps)) or numbers)
+    compute.main(["--folder", str(tmp_path), "--steps", "8", "--seeds", "1"])
+    assert sorted(trained[-4:], key=str) == sorted([(1, 8), (2, 16), (4, 32), (None, 64)], key=str)
+    assert len(measured) == 7 and {("every-4-0", 8), ("every-4-0", 32), ("every-never-0", 64)} <= set(measured)
+    rows = (tmp_path / "compute.md").read_text().splitlines()
+    assert rows[4].startswith("| K = 4 | 1000 | 1.00 | 32 |") and rows[2].split("|")[5].strip() == "0.7"
