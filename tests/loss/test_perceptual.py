@@ -22,6 +22,16 @@ def test_lpips_and_its_gradient_are_those_of_the_public_code(lpips):
         assert torch.equal(getattr(lpips, f"lin{i}").model[1].weight, torch.from_numpy(ARRAYS[f"lpips.lin{i}"]))
 
 
+def test_only_the_reconstruction_leaves_a_graph(lpips):
+    """The trunk keeps no activation of the real images for a backward pass that never comes."""
+    pixels, reconstruction, _ = inputs()
+    graphs = []
+    hook = lpips.net.slice5.register_forward_hook(lambda _, __, features: graphs.append(features.requires_grad))
+    lpips(pixels, reconstruction.requires_grad_())
+    hook.remove()
+    assert graphs == [False, True]  # images first
+
+
 def test_lpips_is_frozen_and_takes_no_random_draw(vgg_file, capfd):
     before = torch.get_rng_state()
     lpips = load_lpips(vgg_file)
