@@ -20,5 +20,5 @@ def test_the_whole_command_is_measured(tmp_path, monkeypatch):
     (file,) = tmp_path.glob("preprocess-*.json")
     (row,) = json.loads(file.read_text())["rows"]
     assert row["images"] == 12 and row["workers"] == 2
-    assert 0.2 < 12 / row["images_per_core_second"] < 60  # three Pythons start: seconds of their processors count
+    assert 0.05 < 12 / row["images_per_core_second"] < 60  # three Pythons start: seconds of their processors count
     assert row["peak_gib"] > 0.05  # of all three
