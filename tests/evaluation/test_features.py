@@ -69,3 +69,23 @@ def test_other_encoders_give_the_mean_of_their_patch_tokens(tmp_path):
     images = as_images(random_images(3, 16, 0))
     tokens = encoders.load_encoder(name, resolution=16)(images)
     torch.testing.assert_close(network(images)[0], tokens.mean(1))
+
+
+def test_tf32_is_set_and_read_in_one_way_by_all():
+    """torch has two ways since 2.9, and reading one raises after some settings by the other.
+
+    Here as a run does it: training, sampling and caching set it, evaluation sets and restores it, and inductor reads it
+    the other way (tests of the scripts' --compile show that it then works).
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    try:
+        for allowed in (True, False):
+            matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+            with exact_float32(CPU):
+                assert not matmul.allow_tf32 and not cudnn.allow_tf32
+            assert matmul.allow_tf32 == cudnn.allow_tf32 == allowed
+            assert matmul.fp32_precision == ("tf32" if allowed else "ieee")
+            assert torch.get_float32_matmul_precision() == ("high" if allowed else "highest")
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before

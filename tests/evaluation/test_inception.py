@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch_fidelity import feature_extractor_inceptionv3
 
 from evaluation import inception
-from evaluation.features import exact_float32
-from evaluation.inception import load_inception, preprocess
+from evaluation.features import exact_float32, probe, same_network
+from evaluation.inception import fold_batch_norms, load_inception, preprocess
 from tests.support.evaluation_data import SEED, inception_file
 from tests.support.golden_data import load
 from utils.errors import InputError
@@ -100,11 +102,36 @@ def test_pickled_code_is_refused(tmp_path, capsys):
     assert "unpickled" not in capsys.readouterr().out
 
 
-def test_torch_fidelity_reads_the_same_file_to_the_same_features(network, weights):
-    """The graph whose published weights we load: its own class gives the pool features, and names the file."""
-    from torch_fidelity import feature_extractor_inceptionv3 as published
+@pytest.fixture(scope="module")
+def published(weights):
+    """torch-fidelity's own class, whose published weights we load, with its BatchNorms as they are."""
+    return feature_extractor_inceptionv3.FeatureExtractorInceptionV3(
+        "published", ["2048"], feature_extractor_weights_path=str(weights)
+    )
 
-    theirs = published.FeatureExtractorInceptionV3("theirs", ["2048"], feature_extractor_weights_path=str(weights))
+
+def test_torch_fidelity_reads_the_same_file_to_the_same_features(network, published):
+    """Its own class gives the pool features, and names the file."""
     with exact_float32(torch.device("cpu")):
-        torch.testing.assert_close(network(golden_images(64))[0], theirs(golden_images(64))[0], rtol=0, atol=1e-5)
-    assert published.URL_INCEPTION_V3 == inception.URL
+        torch.testing.assert_close(network(golden_images(64))[0], published(golden_images(64))[0], rtol=0, atol=1e-5)
+    assert feature_extractor_inceptionv3.URL_INCEPTION_V3 == inception.URL
+
+
+def test_references_made_before_the_norms_were_folded_are_of_the_same_network(network, published):
+    """Their file holds a probe of the unfolded network; `same_network` would refuse a file of other weights."""
+    cpu = torch.device("cpu")
+    assert same_network(probe(published, (64, 64), cpu), probe(network, (64, 64), cpu))
+
+
+def test_a_folded_norm_scales_and_shifts_as_before():
+    """With a scale of its own, which Inception's norms lack, and a variance beside which eps = 0.001 counts."""
+    block = feature_extractor_inceptionv3.BasicConv2d(3, 8, kernel_size=3).eval().requires_grad_(False)
+    random = torch.Generator().manual_seed(0)
+    for tensor in (block.bn.weight, block.bn.bias, block.bn.running_mean, block.bn.running_var):
+        tensor.copy_(0.01 * torch.rand(8, generator=random))
+    x = torch.randn(2, 3, 9, 9, generator=random)
+    expected = block(x)
+    folded = fold_batch_norms(nn.Sequential(block))
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    assert list(folded.state_dict()) == ["0.conv.weight", "0.conv.bias"]
+    torch.testing.assert_close(folded(x), expected, rtol=1e-5, atol=1e-7)
