@@ -25,6 +25,7 @@ from dataset.latent_cache import LatentCache
 from models.posterior import encode_moments, to_mean_std
 from models.vae import downsampling, latent_channels, latent_statistics, load_vae, vae_config
 from models.vae_files import vae_sha256
+from utils.background import HostCopy, ahead
 from utils.distributed import launcher_notes, main_first, start_processes
 from utils.errors import InputError, about, command, when_interrupted
 from utils.images import to_signed
@@ -102,7 +103,7 @@ def describe(args, vae, data: ImageData) -> dict:
 
 
 def encode_blocks(vae, data: ImageData, blocks: list[range], cache: LatentCache, args, *, show: bool) -> None:
-    """Encode this process's blocks of images into the cache."""
+    """Encode this process's blocks of images into the cache; each is written while a thread encodes the next one."""
     device = next(vae.parameters()).device
     loader = DataLoader(
         data,
@@ -111,18 +112,22 @@ def encode_blocks(vae, data: ImageData, blocks: list[range], cache: LatentCache,
         num_workers=args.num_workers,
         pin_memory=device.type == "cuda",
     )
+
+    @torch.inference_mode()
+    def encode(batch) -> HostCopy:
+        images, _ = batch
+        return HostCopy(to_mean_std(encode_moments(vae, to_signed(images.to(device, non_blocking=True)))))
+
     last_flush = time.monotonic()
-    progress = tqdm(zip(blocks, loader, strict=True), total=len(blocks), unit="batch", disable=not show)
-    try:
-        for block, (images, _) in progress:
-            with torch.inference_mode():
-                mean_std = to_mean_std(encode_moments(vae, to_signed(images.to(device, non_blocking=True))))
-            cache.write(block.start, mean_std.cpu())
-            if time.monotonic() - last_flush > FLUSH_SECONDS:
-                cache.flush()
-                last_flush = time.monotonic()
-    finally:
-        cache.flush()  # what is written counts, also where the job is interrupted
+    with ahead(map(encode, loader)) as encoded:
+        try:
+            for block, mean_std in zip(tqdm(blocks, unit="batch", disable=not show), encoded, strict=True):
+                cache.write(block.start, mean_std.wait())
+                if time.monotonic() - last_flush > FLUSH_SECONDS:
+                    cache.flush()
+                    last_flush = time.monotonic()
+        finally:
+            cache.flush()  # what is written counts, also where the job is interrupted
 
 
 def as_it_is(batch):

@@ -16,8 +16,10 @@ if __name__ == "__main__":  # --help and a mistyped flag answer before the heavy
 import argparse
 import logging
 import math
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +43,7 @@ from sampling.job import (
 from sampling.presets import blaming_preset, preset_line, published_result, require_preset_run
 from sampling.store import SampleStore
 from sampling.trained import load_trained
+from utils.background import ahead
 from utils.distributed import from_main, launcher_notes, main_first, start_processes, together
 from utils.errors import InputError, about, command, when_interrupted
 from utils.files import write_json
@@ -109,9 +112,12 @@ def draw_missing(
 ) -> dict[str, float]:
     """This process's share of the batches, drawn or, if `--save-png` or `--evaluate` want them, read back.
 
+    A batch is written and handed on here while a thread draws the next one.
+
     Returns:
-        `drawn`: samples, by all processes; `seconds`; `images_per_second`: of sampling alone, if all processes are as
-        fast as this one (0 where it drew nothing).
+        `drawn`: samples, by all processes; `seconds`; `images_per_second`: from the first batch's noise to the last
+        one's mark on the disk, if all processes are as fast as this one (0 where it drew nothing): writing and
+        `--evaluate` count where the drawing waits for them.
     """
     start, rank, world = time.perf_counter(), processes.process_index, processes.num_processes
     if job.args.save_png or evaluator is not None:
@@ -119,17 +125,26 @@ def draw_missing(
         for batch in finished[rank::world]:
             hand_on(job.args, store, evaluator, store.read(batch), store.indices(batch))
 
-    drawn, sampling = 0, 0.0
-    for batch in tqdm(missing[rank::world], disable=rank > 0, unit="batch", desc=store.target.stem):
-        began = time.perf_counter()
-        images = job.draw(store.padded_indices(batch))
-        drawn, sampling = drawn + len(store.indices(batch)), sampling + time.perf_counter() - began
-        store.write(batch, images)
-        hand_on(job.args, store, evaluator, images, store.indices(batch))
+    mine, left, began = missing[rank::world], threading.Event(), time.perf_counter()
+
+    def begin(batch: int) -> Callable[[], np.ndarray]:
+        return job.begin(store.padded_indices(batch), give_up)
+
+    def give_up(*_) -> None:  # Ctrl-C need not wait for the whole batch
+        if left.is_set():
+            raise CancelledError
+
+    with ahead(map(begin, mine), left) as begun:
+        progress = tqdm(mine, disable=rank > 0, unit="batch", desc=store.target.stem)
+        for batch, arrive in zip(progress, begun, strict=True):
+            images = arrive()
+            store.write(batch, images)
+            hand_on(job.args, store, evaluator, images, store.indices(batch))
+    drawn, drawing = sum(len(store.indices(batch)) for batch in mine), time.perf_counter() - began
     return {
         "drawn": sum(len(store.indices(batch)) for batch in missing),
         "seconds": time.perf_counter() - start,
-        "images_per_second": world * drawn / sampling if drawn else 0.0,
+        "images_per_second": world * drawn / drawing if drawn else 0.0,
     }
 
 

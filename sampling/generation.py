@@ -13,6 +13,7 @@ from models.posterior import decode, encode_moments, split_moments
 from models.sit import SiT
 from models.vae import downsampling
 from sampling.samplers import euler, euler_maruyama, heun
+from utils.background import to_device
 from utils.distributed import gather_rows, rank, world_size
 from utils.images import to_signed, to_uint8
 from utils.rng import sample_normal
@@ -65,8 +66,7 @@ def sample_latents(
     dtype = AUTOCAST.get(sampler.precision)
 
     def draw(purpose: str) -> Tensor:
-        noise = sample_normal(seed, purpose, indices, shape)
-        return noise.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else noise.to(device)
+        return to_device(sample_normal(seed, purpose, indices, shape), device)
 
     def velocity(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         if watch is not None:

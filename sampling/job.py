@@ -5,6 +5,7 @@ import hashlib
 import json
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,9 +19,10 @@ from configs.parsing import flag_of
 from dataset.classes import class_ranges
 from models.sit import SiT
 from models.vae_files import vae_sha256
-from sampling.generation import AUTOCAST, SamplerConfig, draw_images, trajectory
+from sampling.generation import AUTOCAST, SamplerConfig, decode_latents, sample_latents, trajectory
 from sampling.labels import LabelScheme, label_scheme, seen_classes
 from sampling.trained import TrainedRun
+from utils.background import HostCopy, to_device
 from utils.errors import InputError
 from utils.files import sha256
 
@@ -63,20 +65,30 @@ class SamplingJob:
     labels: LabelScheme
     notes: list[str]
 
-    def draw(self, indices: range) -> np.ndarray:
-        """Images uint8 (B, H, W, 3) of these sample numbers.
+    def begin(self, indices: range, watch: Callable[[int, Tensor], None] | None = None) -> Callable[[], np.ndarray]:
+        """Give the device the work of drawing these sample numbers; on CUDA nothing here waits for it.
 
-        Raises:
-            InputError: a sample is not finite.
+        Args:
+            watch: as `sample_latents` takes it.
+
+        Returns:
+            What waits for the images, uint8 (B, H, W, 3), and gives them. It raises an InputError where a sample is not
+            finite.
         """
-        try:
-            images = draw_images(*self._drawn(indices))
-        except FloatingPointError:
-            fp16 = self.sampler.precision == "fp16"
-            reason = "they left fp16's range: --precision bf16" if fp16 else "look at its training"
-            found = f"{self.trained.checkpoint} gives samples that are not finite"
-            raise InputError(f"--exp-path: {found} ({reason})") from None
-        return images.permute(0, 2, 3, 1).cpu().numpy()
+        sit, vae, latent_stats, *numbers = self._drawn(indices)
+        x_0 = sample_latents(sit, *numbers, watch)
+        finite = HostCopy(x_0.isfinite().all())
+        images = HostCopy(decode_latents(vae, x_0, *latent_stats).permute(0, 2, 3, 1).contiguous())
+
+        def finished() -> np.ndarray:
+            if not finite.wait():
+                fp16 = self.sampler.precision == "fp16"
+                reason = "they left fp16's range: --precision bf16" if fp16 else "look at its training"
+                found = f"{self.trained.checkpoint} gives samples that are not finite"
+                raise InputError(f"--exp-path: {found} ({reason})")
+            return images.wait().numpy()
+
+        return finished
 
     def trajectory(self, indices: range, shown: int) -> Tensor:
         """The first samples of a batch on their way from noise, uint8 (shown, frames, 3, H, W)."""
@@ -84,7 +96,7 @@ class SamplingJob:
 
     def _drawn(self, indices: range) -> tuple:
         trained = self.trained
-        labels = self.labels(indices).to(trained.sit.pos_embed.device)
+        labels = to_device(self.labels(indices), trained.sit.pos_embed.device)
         return trained.sit, trained.vae, trained.latent_stats, indices, labels, self.labels.seed, self.sampler
 
     def description(self, device: torch.device) -> dict:

@@ -1,8 +1,11 @@
 """Trajectories and previews: which states they show, and the same for any number of processes."""
 
 import numpy as np
+import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from models.sit import SiT
 from sampling import generation
 from sampling.generation import SamplerConfig, decode_latents, preview, sample_latents
 from sampling.trained import load_trained
@@ -49,3 +52,44 @@ def test_previews_are_the_same_for_any_number_of_processes(exps, monkeypatch):
             shares.append(preview(*networks, 20, 5, config))
         numbers = torch.tensor([i for rank in range(world_size) for i in range(20) if i // 8 % world_size == rank])
         assert torch.equal(torch.cat(shares)[numbers.argsort()], images)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_rounds_the_network_alone(exps, monkeypatch, precision):
+    """The state is the float64 sum of the velocities as the network gave them, guided in float64, to the last bit."""
+    trained, given, forward = load_trained(exps / "repae"), [], SiT.forward
+
+    def noted(sit, x_t, t, labels):
+        assert x_t.dtype == t.dtype == torch.float32
+        velocity, projections = forward(sit, x_t, t, labels)
+        given.append(velocity)
+        return velocity, projections
+
+    monkeypatch.setattr(SiT, "forward", noted)
+    config = SamplerConfig(num_steps=4, guidance_scale=1.5, precision=precision)
+    x_0 = sample_latents(trained.sit, range(3), torch.arange(3), 0, config)
+    x = generation.sample_normal(0, "noise", range(3), (4, 6, 6)).double()
+    for velocity in given:
+        assert velocity.dtype == generation.AUTOCAST[precision]
+        conditional, unconditional = velocity.double().chunk(2)
+        x = x - 0.25 * (unconditional + 1.5 * (conditional - unconditional))
+    assert len(given) == 4 and x_0.dtype == torch.float64 and torch.equal(x_0, x)
+
+
+class NoValueAsked(TorchDispatchMode):
+    """Fails where code waits for a tensor's value, as `if x.isfinite().all()` does."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        assert operation not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), operation
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [dict(), dict(heun=True), dict(mode="sde")])
+def test_sampling_asks_for_no_value(exps, options):
+    trained, config = load_trained(exps / "repae"), SamplerConfig(num_steps=3, guidance_scale=1.5, **options)
+    labels = torch.arange(4)
+    with NoValueAsked():
+        x_0 = sample_latents(trained.sit, range(4), labels, 0, config)
+        decode_latents(trained.vae, x_0, *trained.latent_stats)
+        with pytest.raises(AssertionError):
+            bool(x_0.isfinite().all())
