@@ -47,7 +47,7 @@ def test_a_convolution_counts_backwards_only_what_is_asked_for():
         with shapes_alone():
             conv = nn.Conv2d(5, 7, 4, stride=2, padding=1).requires_grad_(trained)
             x = torch.empty(B, 5, R, R, requires_grad=through)
-            cost = cost_of(lambda x=x: conv(x).sum().backward(), conv=conv)
+            cost = cost_of(lambda conv=conv, x=x: conv(x).sum().backward(), conv=conv)
         assert cost.flops == {Part("conv"): forward, Part("conv", True): times * forward}
 
 
