@@ -101,6 +101,8 @@ def vae_by_shape(
         InputError: "auto", and nothing there says the architecture.
     """
     if arch != "auto":
+        if path is not None:
+            say(f"{flags[1]} {path} is not read: the network is that of {flags[0]} {arch}")
         with torch.device("meta"):
             return build_vae(arch)
     needed = f"{flags[0]}: auto was given, and {path} is not there to take it from; name an architecture"

@@ -27,8 +27,10 @@ def step_parts(
     for encoder in encoders:
         stack.enter_context(parts.module(encoder.name, encoder))
     if vae is not None:
-        stack.enter_context(parts.module("VAE encode", vae.encoder))
-        stack.enter_context(parts.module("VAE decode", vae.decoder))
+        halves = {"VAE encode": (vae.encoder, vae.quant_conv), "VAE decode": (vae.post_quant_conv, vae.decoder)}
+        for name, modules in halves.items():
+            for module in filter(None, modules):
+                stack.enter_context(parts.module(name, module))
     if lpips is not None:
         stack.enter_context(parts.module("LPIPS", lpips))
     if discriminator is not None:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -17,6 +18,14 @@ class Part(NamedTuple):
 
 
 OTHER = Part("other")  # whatever has no name
+
+
+@dataclass(eq=False)
+class _Call:
+    """One call of a part, and how many gradients of its inputs are still to come."""
+
+    name: str
+    awaited: int
 
 
 class Parts:
@@ -40,6 +49,7 @@ class Parts:
         self.running = OTHER
         self._on_change = on_change
         self._outer: list[Part] = []  # what runs on when the calls of the moment end
+        self._backward_of: _Call | None = None  # the call that was last gone back through
 
     @contextlib.contextmanager
     def module(self, name: str | Callable[[], str], module: nn.Module) -> Iterator[None]:
@@ -48,16 +58,15 @@ class Parts:
         Args:
             name: of the part; or a function that gives it at each call.
         """
-        names = []
+        calls = []
 
         def before(module, args):
-            names.append(name() if callable(name) else name)
-            self._begin(names[-1], args)
+            calls.append(self._begin(name() if callable(name) else name, args))
 
-        handles = [
-            module.register_forward_pre_hook(before),
-            module.register_forward_hook(lambda module, args, outputs: self._end(names.pop(), outputs)),
-        ]
+        def after(module, args, outputs):
+            self._end(calls.pop(), outputs)
+
+        handles = module.register_forward_pre_hook(before), module.register_forward_hook(after)
         try:
             yield
         finally:
@@ -75,9 +84,9 @@ class Parts:
 
         @functools.wraps(inner)
         def named(*args, **kwargs):
-            self._begin(name, args)
+            call = self._begin(name, args)
             outputs = inner(*args, **kwargs)
-            self._end(name, outputs)
+            self._end(call, outputs)
             return outputs
 
         setattr(owner, method, named)
@@ -88,25 +97,29 @@ class Parts:
             if instead is not None:
                 setattr(owner, method, instead)
 
-    def _begin(self, name: str, inputs: object) -> None:
+    def _begin(self, name: str, inputs: object) -> _Call:
+        call = _Call(name, awaited=len(_differentiable(inputs)))
         self._outer.append(self.running)
         self._switch(Part(name))
-        awaited = _differentiable(inputs)
-        gradients = len(awaited)
 
         def gradient_of_input(_):
-            nonlocal gradients
-            gradients -= 1
-            if gradients == 0 and self.running == Part(name, backward=True):
+            call.awaited -= 1
+            if call.awaited == 0 and self._backward_of is call:
                 self._switch(OTHER)
 
-        for tensor in awaited:
+        for tensor in _differentiable(inputs):
             tensor.register_hook(gradient_of_input)
+        return call
 
-    def _end(self, name: str, outputs: object) -> None:
+    def _end(self, call: _Call, outputs: object) -> None:
         self._switch(self._outer.pop())
-        for tensor in _differentiable(outputs) if name != OTHER.name else ():
-            tensor.register_hook(lambda _: self._switch(Part(name, backward=True)))
+
+        def gradient_of_output(_):
+            self._backward_of = call
+            self._switch(Part(call.name, backward=True))
+
+        for tensor in _differentiable(outputs) if call.name != OTHER.name else ():
+            tensor.register_hook(gradient_of_output)
 
     def _switch(self, part: Part) -> None:
         if part != self.running:

@@ -59,3 +59,11 @@ def test_a_name_may_depend_on_the_call_and_a_method_is_a_part_of_its_own():
         network.half()
     network.float()
     assert [part.name for part in seen] == ["evaluation", "other", "half", "other"]
+
+
+def test_two_modules_of_one_part_in_a_row():
+    first, second, seen = nn.Linear(3, 2), nn.Linear(2, 2), []
+    parts, x = Parts(seen.append), torch.randn(4, 3)
+    with parts.module("encode", first), parts.module("encode", second):
+        second(first(x)).sum().backward()
+    assert seen == [Part("encode"), OTHER, Part("encode"), OTHER, Part("encode", True)]
