@@ -34,6 +34,7 @@ FREE = {
     "label_file",
     "sample_dir",
     "overwrite",
+    "dry_run",
     "save_png",
     "grid",
     "trajectory",

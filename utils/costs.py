@@ -17,14 +17,17 @@ def flops_lines(flops: Mapping[Part, float], unit: str) -> list[str]:
     Args:
         flops: by part, of one `unit`, such as "image".
     """
-    total = sum(flops.values())
-    rows = [(f"GFLOP of one {unit}", "forward", "backward", "share")]
+    total, passes = sum(flops.values()), sorted({part.backward for part in flops})
+    rows = [(f"GFLOP of one {unit}", *(("forward", "backward")[backward] for backward in passes), "share")]
     for name in dict.fromkeys(part.name for part in flops):
-        both = [flops.get(Part(name, backward), 0) for backward in (False, True)]
-        rows.append((name, *(f"{value / 1e9:,.1f}" if value else "" for value in both), f"{sum(both) / total:.1%}"))
-    sums = [sum(value for part, value in flops.items() if part.backward == backward) for backward in (False, True)]
-    rows.append(("together", *(f"{value / 1e9:,.1f}" if value else "" for value in sums), f"{total / 1e9:,.1f}"))
-    return aligned(rows)
+        values = [flops.get(Part(name, backward), 0) for backward in passes]
+        rows.append((name, *map(_gflop, values), f"{sum(values) / total:.1%}"))
+    sums = [sum(value for part, value in flops.items() if part.backward == backward) for backward in passes]
+    return aligned([*rows, ("together", *map(_gflop, sums), _gflop(total))])
+
+
+def _gflop(flops: float) -> str:
+    return f"{flops / 1e9:,.1f}" if flops else ""
 
 
 def memory_lines(peak: Mapping[str, float]) -> list[str]:
