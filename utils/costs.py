@@ -69,4 +69,4 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def gb(size: float) -> str:
     """A size on disk."""
-    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"

@@ -111,14 +111,14 @@ def shapes_alone() -> Iterator[None]:
         yield
 
 
-def to_shapes(module: nn.Module) -> None:
+def to_shapes(module: nn.Module, device: str = "cpu") -> None:
     """Give a module, of the meta device or any other, parameters and buffers that are shapes; in `shapes_alone`."""
     for inner in module.modules():
         for name, tensor in inner._parameters.items():
             if tensor is not None:
-                inner._parameters[name] = nn.Parameter(torch.empty_like(tensor, device="cpu"), tensor.requires_grad)
+                inner._parameters[name] = nn.Parameter(torch.empty_like(tensor, device=device), tensor.requires_grad)
         for name, tensor in inner._buffers.items():
-            inner._buffers[name] = None if tensor is None else torch.empty_like(tensor, device="cpu")
+            inner._buffers[name] = None if tensor is None else torch.empty_like(tensor, device=device)
 
 
 class _NormsInFloat32(TorchFunctionMode):

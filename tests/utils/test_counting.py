@@ -1,12 +1,17 @@
 """FLOPs and memory by shapes alone, against closed forms. Below: B batch, N tokens, D width, R side of an image."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from loss.perceptual import lpips_by_shape
+from models.posterior import TrainableVAE
 from models.sit import SiT, SiTBlock
+from models.vae import build_vae, vae_models
 from utils.counting import Cost, shapes_alone, to_shapes
 from utils.parts import Part, Parts
 
@@ -120,6 +125,47 @@ def test_norms_keep_float32_under_autocast_as_on_cuda():
             assert norm(x).dtype == x.softmax(-1).dtype == F.softmax(x, dim=-1).dtype == torch.float32
             assert F.silu(x).dtype == torch.bfloat16
         assert x.softmax(-1).dtype == torch.bfloat16
+
+
+@contextlib.contextmanager
+def cuda_autocast(dtype: torch.dtype):
+    """torch.autocast("cuda"), which switches itself off where there is no GPU."""
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", dtype)
+    torch.autocast_increment_nesting()
+    try:
+        yield
+    finally:
+        torch.autocast_decrement_nesting()
+        torch.clear_autocast_cache()
+        torch.set_autocast_enabled("cuda", False)
+
+
+def kept_for_backward(network: nn.Module, shapes: list[tuple[int, ...]], device: str) -> tuple[dict, int]:
+    """The memory alive after a forward pass under autocast, on a CPU or a GPU that is not there, and the FLOPs."""
+    by_shape = shapes_alone() if device == "cpu" else FakeTensorMode(allow_non_fake_inputs=True)
+    autocast = torch.autocast("cpu", torch.bfloat16) if device == "cpu" else cuda_autocast(torch.bfloat16)
+    with by_shape:
+        to_shapes(network, device)
+        inputs = [torch.empty(shape, device=device) for shape in shapes]
+        with Cost(Parts(), {"weights": network.parameters()}) as cost, autocast:
+            outputs = network(*inputs)
+        assert all(x.device.type == device for x in outputs)
+        return cost.live.copy(), cost.flops.total()
+
+
+def test_a_forward_pass_keeps_what_it_keeps_on_cuda():
+    """A GPU that is not there does no backward pass: hence the stand-in on the CPU. (Nor does it have fused attention.)"""
+    convolutional = vae_models["f4d4-tiny"] | {"mid_block_add_attention": False}
+    for build, shapes in (
+        (lambda: TrainableVAE(build_vae(convolutional)), [(2, 3, 64, 64), (2, 4, 16, 16)]),
+        (lambda: SiTBlock(48, 3, 4.0, qk_norm=True, fused_attn=False), [(2, 16, 48), (2, 48)]),
+    ):
+        with torch.device("meta"):
+            networks = build(), build()
+        (cpu, flops), (cuda, cuda_flops) = map(kept_for_backward, networks, (shapes, shapes), ("cpu", "cuda"))
+        assert (cpu, flops) == (cuda, cuda_flops)
+        assert cpu["autocast copies"] > 0
 
 
 def test_autocast_copies_are_of_weights_alone():
