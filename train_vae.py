@@ -135,6 +135,8 @@ def main(argv: list[str] | None = None) -> None:
 def planned(args) -> PlannedRun:
     """The run by shapes alone: no weights are read, and one step of `train_step` is counted."""
     run = PlannedRun(args)
+    if not (args.overwrite or run.goes_on):
+        require_new_vae_files(args.output_dir, args.exp_name, "--exp-name")
     config = read_loss_config(args.loss_cfg_path)
     with torch.device("meta"):
         vae = vae_by_shape(args.vae, args.vae_ckpt, say=run.notes.append)

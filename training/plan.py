@@ -39,8 +39,10 @@ class PlannedRun:
     Attributes:
         args: a copy, which the script may complete.
         notes: what was assumed or chosen.
-        start_step, total_steps: the first step, counted from 0, and where the run ends.
+        start_step, total_steps, goes_on: as of a `Run`.
         micro_steps: that `count`'s step goes through.
+        networks, flops, peak, peak_part, checkpoint_bytes: after `count`; networks by name, FLOPs of one image by part,
+            `peak` and `peak_part` as of a `Cost`.
 
     Raises:
         InputError: what the run itself would refuse before it reads weights.
@@ -54,7 +56,9 @@ class PlannedRun:
             raise InputError(f"--batch-size: {args.batch_size} images do not divide by {self.processes} processes")
         folder = Path(args.output_dir) / args.exp_name
         self.start_step, self.resume_from = run_folder.resume_point(args, folder)
-        if self.resume_from is None:
+        source = self.resume_from and self.resume_from.parent.parent
+        self.goes_on = source is not None and source.resolve() == folder.resolve()
+        if not self.goes_on:
             run_folder.require_free(args, folder)
 
         self.data, self.latent_bytes = self._data(), 0
@@ -235,16 +239,17 @@ class PlannedRun:
     def _peak_line(self) -> str:
         part = self.peak_part
         when = "between the parts" if part == OTHER else f"in {part.name}{' backward' if part.backward else ''}"
-        return f"most of it {when}; eager, without workspaces and fragmentation (compiled networks keep less)"
+        return f"highest {when}; eager, without workspaces and fragmentation (compiled networks keep less)"
 
     def _disk_lines(self) -> list[str]:
         args = self.args
         rows = [("disk", ""), ("images", gb(self.num_images * 3 * args.resolution**2))]
         if self.latent_bytes:
             rows.append(("latents", gb(self.latent_bytes)))
-        written = math.ceil(self.total_steps / args.checkpointing_steps) - self.start_step // args.checkpointing_steps
+        every, start = args.checkpointing_steps, min(self.start_step, self.total_steps)
+        written = math.ceil(self.total_steps / every) - math.ceil(start / every)
         rows.append(("a checkpoint", gb(self.checkpoint_bytes)))
-        rows.append((f"all {written}", gb(written * self.checkpoint_bytes)))
+        rows.append((f"all {written} of them", gb(written * self.checkpoint_bytes)))
         return aligned(rows)
 
 

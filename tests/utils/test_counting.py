@@ -155,7 +155,7 @@ def kept_for_backward(network: nn.Module, shapes: list[tuple[int, ...]], device:
 
 
 def test_a_forward_pass_keeps_what_it_keeps_on_cuda():
-    """A GPU that is not there does no backward pass: hence the stand-in on the CPU. (Nor does it have fused attention.)"""
+    """A GPU that is not there does no backward pass, hence the CPU's stand-in; it has no fused attention either."""
     convolutional = vae_models["f4d4-tiny"] | {"mid_block_add_attention": False}
     for build, shapes in (
         (lambda: TrainableVAE(build_vae(convolutional)), [(2, 3, 64, 64), (2, 4, 16, 16)]),
