@@ -40,11 +40,12 @@ from sampling.job import (
     sampling_job,
     set_sampling_numerics,
 )
+from sampling.plan import plan_text
 from sampling.presets import blaming_preset, preset_line, published_result, require_preset_run
 from sampling.store import SampleStore
 from sampling.trained import load_trained
 from utils.background import ahead
-from utils.distributed import from_main, launcher_notes, main_first, start_processes, together
+from utils.distributed import from_main, launched_rank, launcher_notes, main_first, start_processes, together
 from utils.errors import InputError, about, command, when_interrupted
 from utils.files import write_json
 from utils.images import image_grid, save_png
@@ -55,6 +56,10 @@ TRAJECTORIES = 8  # samples that --trajectory shows
 @command
 def main(argv: list[str] | None = None) -> None:
     args = generate_arguments(argv)
+    if args.dry_run:
+        if launched_rank() == 0:
+            print(planned(args))
+        return
     processes = start_processes()
     logging.basicConfig(level=logging.INFO if processes.is_main_process else logging.WARNING, format="%(message)s")
     logging.getLogger("timm").setLevel(logging.WARNING)
@@ -105,6 +110,19 @@ def main(argv: list[str] | None = None) -> None:
     finally:
         store.release()
     processes.end_training()
+
+
+def planned(args: argparse.Namespace) -> str:
+    """What the job is and what it costs; no weights are read but the VAE's, and nothing is written."""
+    with blaming_preset(args):
+        check_sampling_flags(args)
+        check_evaluation_flags(args)
+        require_preset_run(args)
+        trained = load_trained(args.exp_path, args.train_steps, args.vae_ckpt, ema=args.ema, by_shape=True)
+        job, store = sampling_job(args, trained), open_store(args, output_name(args, trained), trained.resolution)
+        output = output_options(args, store)
+        store.check(store.interrupted() or {}, **output)
+    return plan_text(job, store, args.dry_run, output["extra_bytes"])
 
 
 def draw_missing(

@@ -14,6 +14,7 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -26,18 +27,20 @@ from dataset.latents import difference, sample_mean_std
 from evaluation.online import online_evaluation
 from loss.alignment import alignment_loss
 from loss.velocity import velocity_loss
-from models.encoders import Encoder, load_encoders, resize_tokens, resizing_notes
+from models.encoders import Encoder, encoders_by_shape, load_encoders, resize_tokens, resizing_notes
 from models.interpolant import Noising, interpolate
 from models.sit import SiT, build_sit
 from models.sit_files import load_sit
-from models.vae import latent_channels, latent_statistics, load_vae
+from models.vae import latent_channels, latent_statistics, load_vae, vae_by_shape
 from models.vae_files import vae_sha256
 from sampling.generation import preview, preview_sampler
 from sampling.labels import seen_classes
 from training.ema import update_ema
 from training.optimizer import Optimizer, adamw_settings, checkpoint_entries, restore
+from training.plan import PlannedRun
 from training.run import Run
-from utils.distributed import main_first
+from utils.counting import shapes_alone
+from utils.distributed import launched_rank, main_first
 from utils.errors import InputError, command
 from utils.images import image_grid
 
@@ -102,6 +105,10 @@ def train_step(
 @command
 def main(argv: list[str] | None = None) -> None:
     args = ldm_only_parser().parse_args(argv)
+    if args.dry_run:
+        if launched_rank() == 0:
+            print(planned(args).text())
+        return
     run = Run(args)
 
     # Read everything, and refuse what cannot work, before anything is written.
@@ -124,12 +131,7 @@ def main(argv: list[str] | None = None) -> None:
         compile_networks(nets)
     run.say_how(compiled="SiT's blocks, encoder's blocks")
 
-    settings = dict(
-        micro_steps=args.gradient_accumulation_steps,
-        noising=Noising(args.path_type, args.weighting, args.cfg_prob),
-        proj_coeff=args.proj_coeff,
-        ema_decay=args.ema_decay,
-    )
+    settings = step_settings(args, micro_steps=args.gradient_accumulation_steps)
     steps = run.steps(
         data,
         optimizers=dict(sit=optimizer),
@@ -142,12 +144,40 @@ def main(argv: list[str] | None = None) -> None:
     run.close()
 
 
+def step_settings(args, *, micro_steps: int) -> dict:
+    """The options that `train_step` takes."""
+    return dict(
+        micro_steps=micro_steps,
+        noising=Noising(args.path_type, args.weighting, args.cfg_prob),
+        proj_coeff=args.proj_coeff,
+        ema_decay=args.ema_decay,
+    )
+
+
+def planned(args) -> PlannedRun:
+    """The run by shapes alone: no weights are read, and one step of `train_step` is counted."""
+    run = PlannedRun(args)
+    args = run.args
+    with torch.device("meta"):
+        encoders = encoders_by_shape(args.enc_type, args.resolution, args.enc_ckpt)
+        vae = vae_by_shape(args.vae, args.vae_ckpt, say=run.notes.append).requires_grad_(False)
+        nets = assemble(args, run, encoders, vae, run.latents(vae))
+    with shapes_alone():
+        run.to_device(nets.sit, nets.ema, nets.vae, *nets.encoders)
+        nets.sit_ddp, (channels, *sides) = nets.sit, nets.latent_shape
+        optimizer, settings = build_optimizer(args, run, nets, None), step_settings(args, micro_steps=run.micro_steps)
+        images, labels = run.images()
+        batch = torch.empty(run.share, 2 * channels, *sides), *([images] if encoders else []), labels
+        step = partial(train_step, run, nets, optimizer, repeat(batch), args.max_train_steps - 1, **settings)
+        contents = partial(checkpoint_contents, args, nets, optimizer, args.max_train_steps)
+        run.count(step, [optimizer], contents, ema=nets.ema, encoders=encoders, sit=nets.sit, beside={"VAE": nets.vae})
+    return run
+
+
 def build_networks(args, run: Run, latents: LatentData, checkpoint: dict | None) -> Networks:
     """All networks on the CPU; weights of SiT from the checkpoint that the run resumes, if it does."""
     torch.manual_seed(args.seed)  # of fresh weights; every other draw has a generator of its own
     encoders = load_encoders(args.enc_type, args.resolution, args.enc_ckpt)
-    if not encoders and args.proj_coeff > 0:
-        raise InputError(f"--enc-type None was given; --proj-coeff 0 goes with it, not {args.proj_coeff}")
 
     # The VAE only decodes, for previews and evaluations; its latents are cached, and must be this VAE's.
     vae = load_vae(args.vae, args.vae_ckpt, say=run.notes.append).requires_grad_(False)
@@ -158,9 +188,26 @@ def build_networks(args, run: Run, latents: LatentData, checkpoint: dict | None)
         raise InputError(f"--vae-latents-name: {cached}; the VAE of --vae-ckpt has {latent_channels(vae)}")
     require_same_vae(args.vae_ckpt, vae, latents)
 
+    nets = assemble(args, run, encoders, vae, shape)
+    stored = latent_statistics(args.vae_ckpt, vae) or cached_statistics(latents)
+    nets.sit.set_latent_stats(*stored)
+    nets.ema.set_latent_stats(*stored)
+    if checkpoint is not None:
+        run.notes += load_sit(nets.sit, checkpoint["model"], f"{run.resume_from}: model")
+        load_sit(nets.ema, checkpoint["ema"], f"{run.resume_from}: ema")
+        # SiT has learnt the latents of the checkpoint's normaliser: it stays, and sampling undoes it.
+        if apart := difference(nets.sit.latent_stats(), stored):
+            run.notes.append(f"the latent statistics of {run.resume_from} count; the VAE's own differ {apart}")
+    return nets
+
+
+def assemble(args, run: Run | PlannedRun, encoders, vae, latent_shape: tuple[int, int, int]) -> Networks:
+    """The networks of a run around these, with a fresh SiT."""
+    if not encoders and args.proj_coeff > 0:
+        raise InputError(f"--enc-type None was given; --proj-coeff 0 goes with it, not {args.proj_coeff}")
     sit = build_sit(
         args.model,
-        shape,
+        latent_shape,
         encoder_depth=args.encoder_depth,
         num_classes=args.num_classes,
         class_dropout_prob=args.cfg_prob,
@@ -169,17 +216,9 @@ def build_networks(args, run: Run, latents: LatentData, checkpoint: dict | None)
         fused_attn=args.fused_attn,
     )
     sit.grad_checkpoint = "sit" in args.grad_checkpoint
-    stored = latent_statistics(args.vae_ckpt, vae) or cached_statistics(latents)
-    sit.set_latent_stats(*stored)
     run.notes += resizing_notes(encoders, sit.grid)
     ema = copy.deepcopy(sit).eval().requires_grad_(False)
-    if checkpoint is not None:
-        run.notes += load_sit(sit, checkpoint["model"], f"{run.resume_from}: model")
-        load_sit(ema, checkpoint["ema"], f"{run.resume_from}: ema")
-        # SiT has learnt the latents of the checkpoint's normaliser: it stays, and sampling undoes it.
-        if apart := difference(sit.latent_stats(), stored):
-            run.notes.append(f"the latent statistics of {run.resume_from} count; the VAE's own differ {apart}")
-    return Networks(encoders=encoders, sit=sit, ema=ema, vae=vae, latent_shape=shape)
+    return Networks(encoders=encoders, sit=sit, ema=ema, vae=vae, latent_shape=latent_shape)
 
 
 def require_same_vae(vae_ckpt: str, vae: AutoencoderKL, latents: LatentData) -> None:

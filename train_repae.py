@@ -16,6 +16,7 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,24 +30,26 @@ from evaluation.online import online_evaluation
 from loss.adversarial import DiscriminatorLoss
 from loss.alignment import alignment_loss
 from loss.config import read_loss_config
-from loss.perceptual import load_lpips
+from loss.perceptual import load_lpips, lpips_by_shape
 from loss.vae import VAELoss
 from loss.velocity import velocity_loss
 from models.discriminator import PatchDiscriminator, load_discriminator, require_resolution
-from models.encoders import Encoder, load_encoders, resize_tokens, resizing_notes
+from models.encoders import Encoder, encoders_by_shape, load_encoders, resize_tokens, resizing_notes
 from models.interpolant import Noising, interpolate
 from models.posterior import TrainableVAE, measure_latent_statistics, sample
 from models.sit import SiT, build_sit
 from models.sit_files import find_sit_state, load_sit, start_from
-from models.vae import build_vae, latent_shape, latent_statistics, load_vae, require_trainable, vae_config
+from models.vae import build_vae, latent_shape, latent_statistics, load_vae, require_trainable, vae_by_shape, vae_config
 from models.vae_files import vae_of_checkpoint
 from models.vae_keys import ldm_parameters, to_ldm
 from sampling.generation import preview, preview_sampler, reconstruction_pairs
 from sampling.labels import seen_classes
 from training.ema import update_ema
 from training.optimizer import Optimizer, adamw_settings, checkpoint_entries, restore
+from training.plan import PlannedRun
 from training.run import Run
-from utils.distributed import main_first
+from utils.counting import shapes_alone
+from utils.distributed import launched_rank, main_first
 from utils.errors import InputError, about, command
 from utils.files import atomic_write
 from utils.images import image_grid, to_signed
@@ -68,7 +71,7 @@ class Networks:
     vae_loss: VAELoss
     discriminator_loss: DiscriminatorLoss  # a module: LeCam's running means are state
     latent_shape: tuple[int, int, int]  # (C, h, w)
-    latent_stats: tuple[Tensor, Tensor] | None  # scale and bias (1, C, 1, 1) that a fresh run's normaliser starts from
+    latent_stats: tuple[Tensor, Tensor] | None = None  # scale and bias (1, C, 1, 1) that a fresh normaliser starts from
     sit_ddp: nn.Module = field(init=False)
     vae_ddp: nn.Module = field(init=False)
     discriminator_ddp: nn.Module = field(init=False)
@@ -160,6 +163,10 @@ def train_step(
 @command
 def main(argv: list[str] | None = None) -> None:
     args = repae_parser().parse_args(argv)
+    if args.dry_run:
+        if launched_rank() == 0:
+            print(planned(args).text())
+        return
     run = Run(args)
 
     # Read everything, and refuse what cannot work, before anything is written.
@@ -188,15 +195,7 @@ def main(argv: list[str] | None = None) -> None:
         compile_networks(nets)
     run.say_how(compiled="SiT's blocks, VAE, encoder's blocks")
 
-    settings = dict(
-        micro_steps=args.gradient_accumulation_steps,
-        noising=Noising(args.path_type, args.weighting, args.cfg_prob),
-        proj_coeff=args.proj_coeff,
-        vae_align_proj_coeff=args.vae_align_proj_coeff,
-        ema_decay=args.ema_decay,
-        stop_grad=args.stop_grad,
-        vae_every=args.vae_every,
-    )
+    settings = step_settings(args, micro_steps=args.gradient_accumulation_steps)
     steps = run.steps(
         data,
         optimizers=dict(sit=optimizers.opt, vae=optimizers.opt_vae, disc=optimizers.opt_disc),
@@ -209,23 +208,72 @@ def main(argv: list[str] | None = None) -> None:
     run.close()
 
 
+def step_settings(args, *, micro_steps: int) -> dict:
+    """The options that `train_step` takes."""
+    return dict(
+        micro_steps=micro_steps,
+        noising=Noising(args.path_type, args.weighting, args.cfg_prob),
+        proj_coeff=args.proj_coeff,
+        vae_align_proj_coeff=args.vae_align_proj_coeff,
+        ema_decay=args.ema_decay,
+        stop_grad=args.stop_grad,
+        vae_every=args.vae_every,
+    )
+
+
+def planned(args) -> PlannedRun:
+    """The run by shapes alone: no weights are read, and one step of `train_step` is counted."""
+    run = PlannedRun(args)
+    args = run.args
+    config = read_loss_config(args.loss_cfg_path)
+    with torch.device("meta"):
+        encoders = encoders_by_shape(args.enc_type, args.resolution, args.enc_ckpt)
+        vae = vae_by_shape(args.vae, args.vae_ckpt, say=run.notes.append)
+        require_trainable(vae)
+        vae_loss = VAELoss(config, lpips_by_shape() if config.perceptual_weight > 0 else None)
+        nets = assemble(args, run, encoders, vae, PatchDiscriminator(), vae_loss)
+    with shapes_alone():
+        run.to_device(nets.sit, nets.ema, nets.vae, nets.discriminator, *nets.encoders)
+        run.to_device(nets.vae_loss.lpips, nets.discriminator_loss)
+        nets.sit_ddp, nets.vae_ddp, nets.discriminator_ddp = nets.sit, nets.vae.train(), nets.discriminator.train()
+        optimizers, settings = build_optimizers(args, run, nets, None), step_settings(args, micro_steps=run.micro_steps)
+        step = partial(train_step, run, nets, optimizers, repeat(run.images()), args.max_train_steps - 1, **settings)
+        contents = partial(checkpoint_contents, args, nets, optimizers, args.max_train_steps)
+        networks = dict(sit=nets.sit, vae=nets.vae.vae, lpips=nets.vae_loss.lpips, discriminator=nets.discriminator)
+        run.count(step, vars(optimizers).values(), contents, ema=nets.ema, encoders=nets.encoders, **networks)
+    return run
+
+
 def build_networks(args, run: Run, checkpoint: dict | None) -> Networks:
     """All networks on the CPU, from public files or from the checkpoint that the run resumes; nothing is written."""
     torch.manual_seed(args.seed)  # of fresh weights; every other draw has a generator of its own
     encoders = load_encoders(args.enc_type, args.resolution, args.enc_ckpt)
-    if not encoders:
-        raise InputError("--enc-type: REPA-E needs an encoder to align with; train_ldm_only.py runs without one")
     config = read_loss_config(args.loss_cfg_path)
     vae_loss = VAELoss(config, load_lpips(args.lpips_weights) if config.perceptual_weight > 0 else None)
 
     if checkpoint is None:
         vae, discriminator = starting_vae(args, run), load_discriminator(args.disc_pretrained_ckpt)
-        latent_stats = latent_statistics(args.vae_ckpt, vae)
     else:
         vae, discriminator = vae_of_checkpoint(checkpoint, run.resume_from), load_discriminator(None)
-        latent_stats = None  # the checkpoint's normaliser is further on
-    require_resolution(args.resolution)
+    nets = assemble(args, run, encoders, vae, discriminator, vae_loss)
 
+    if checkpoint is not None:  # its normaliser is further on than the statistics stored with the VAE
+        run.notes += load_networks(nets, checkpoint, str(run.resume_from))
+        return nets
+    nets.latent_stats = latent_statistics(args.vae_ckpt, vae)
+    if args.sit_ckpt is not None:
+        with about("--sit-ckpt"):
+            state, notes = find_sit_state(read_torch_file(args.sit_ckpt), args.sit_ckpt)
+            run.notes += notes + start_from(nets.sit, state, args.sit_ckpt)
+        nets.ema.load_state_dict(nets.sit.state_dict())
+    return nets
+
+
+def assemble(args, run: Run | PlannedRun, encoders, vae, discriminator, vae_loss) -> Networks:
+    """The networks of a run around these, with a fresh SiT."""
+    if not encoders:
+        raise InputError("--enc-type: REPA-E needs an encoder to align with; train_ldm_only.py runs without one")
+    require_resolution(args.resolution)
     shape = latent_shape(vae, args.resolution)
     sit = build_sit(
         args.model,
@@ -240,27 +288,19 @@ def build_networks(args, run: Run, checkpoint: dict | None) -> Networks:
         learn_pos_embed=True,
     )
     run.notes += resizing_notes(encoders, sit.grid)
-    if args.sit_ckpt is not None and checkpoint is None:
-        with about("--sit-ckpt"):
-            state, notes = find_sit_state(read_torch_file(args.sit_ckpt), args.sit_ckpt)
-            run.notes += notes + start_from(sit, state, args.sit_ckpt)
-    nets = Networks(
+    sit.grad_checkpoint, trainable = "sit" in args.grad_checkpoint, TrainableVAE(vae)
+    if "vae" in args.grad_checkpoint:
+        trainable.checkpoint_activations()
+    return Networks(
         encoders=encoders,
         sit=sit,
         ema=copy.deepcopy(sit).eval().requires_grad_(False),
-        vae=TrainableVAE(vae),
+        vae=trainable,
         discriminator=discriminator,
         vae_loss=vae_loss,
-        discriminator_loss=DiscriminatorLoss(config),
+        discriminator_loss=DiscriminatorLoss(vae_loss.config),
         latent_shape=shape,
-        latent_stats=latent_stats,
     )
-    nets.sit.grad_checkpoint = "sit" in args.grad_checkpoint
-    if "vae" in args.grad_checkpoint:
-        nets.vae.checkpoint_activations()
-    if checkpoint is not None:
-        run.notes += load_networks(nets, checkpoint, str(run.resume_from))
-    return nets
 
 
 def starting_vae(args, run: Run) -> AutoencoderKL:

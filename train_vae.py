@@ -16,27 +16,31 @@ if __name__ == "__main__":  # --help and a mistyped flag answer before the heavy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from dataset.data import ImageData, evenly_spaced
 from loss.adversarial import DiscriminatorLoss
 from loss.config import read_loss_config
-from loss.perceptual import load_lpips
+from loss.perceptual import load_lpips, lpips_by_shape
 from loss.vae import VAELoss
 from models.discriminator import PatchDiscriminator, load_discriminator, require_resolution
 from models.posterior import TrainableVAE, measure_latent_statistics
-from models.vae import build_vae, latent_shape, load_vae, require_trainable, vae_config
+from models.vae import build_vae, latent_shape, load_vae, require_trainable, vae_by_shape, vae_config
 from models.vae_files import require_new_vae_files, save_vae_files, vae_of_checkpoint
 from models.vae_keys import ldm_parameters, to_ldm
 from sampling.generation import reconstruction_pairs
 from training.optimizer import Optimizer, adamw_settings, checkpoint_entries, restore
+from training.plan import PlannedRun
 from training.run import Run
-from utils.distributed import main_first
+from utils.counting import shapes_alone
+from utils.distributed import launched_rank, main_first
 from utils.errors import InputError, command
 from utils.images import image_grid, to_signed
 from utils.modules import frozen, load_strictly
@@ -93,6 +97,10 @@ def train_step(
 @command
 def main(argv: list[str] | None = None) -> None:
     args = vae_parser().parse_args(argv)
+    if args.dry_run:
+        if launched_rank() == 0:
+            print(planned(args).text())
+        return
     run = Run(args)
 
     # Read everything, and refuse what cannot work, before anything is written.
@@ -128,29 +136,54 @@ def main(argv: list[str] | None = None) -> None:
     run.close()
 
 
+def planned(args) -> PlannedRun:
+    """The run by shapes alone: no weights are read, and one step of `train_step` is counted."""
+    run = PlannedRun(args)
+    if not (args.overwrite or run.goes_on):
+        require_new_vae_files(args.output_dir, args.exp_name, "--exp-name")
+    config = read_loss_config(args.loss_cfg_path)
+    with torch.device("meta"):
+        vae = vae_by_shape(args.vae, args.vae_ckpt, say=run.notes.append)
+        vae_loss = VAELoss(config, lpips_by_shape() if config.perceptual_weight > 0 else None)
+        nets = assemble(args, vae, PatchDiscriminator(), vae_loss)
+    with shapes_alone():
+        run.to_device(nets.vae, nets.discriminator, nets.vae_loss.lpips, nets.discriminator_loss)
+        nets.vae_ddp, nets.discriminator_ddp = nets.vae.train(), nets.discriminator.train()
+        optimizers, settings = build_optimizers(args, run, nets, None), dict(micro_steps=run.micro_steps)
+        step = partial(train_step, run, nets, optimizers, repeat(run.images()), args.max_train_steps - 1, **settings)
+        contents = partial(checkpoint_contents, args, nets, optimizers, args.max_train_steps)
+        networks = dict(vae=nets.vae.vae, lpips=nets.vae_loss.lpips, discriminator=nets.discriminator)
+        run.count(step, vars(optimizers).values(), contents, **networks)
+    return run
+
+
 def build_networks(args, run: Run, checkpoint: dict | None) -> Networks:
     """All networks on the CPU: fresh, from given files, or from the checkpoint that the run resumes."""
     torch.manual_seed(args.seed)  # of fresh weights; every other draw has a generator of its own
     config = read_loss_config(args.loss_cfg_path)
     vae_loss = VAELoss(config, load_lpips(args.lpips_weights) if config.perceptual_weight > 0 else None)
-    discriminator_loss = DiscriminatorLoss(config)
 
     if checkpoint is not None:
         path = str(run.resume_from)
-        vae, discriminator = vae_of_checkpoint(checkpoint, path), load_discriminator(None)
-        load_strictly(discriminator, checkpoint["discriminator"], f"{path}: discriminator")
-        load_strictly(discriminator_loss, checkpoint["loss_buffers"], f"{path}: loss_buffers")
-    else:
-        if args.vae_ckpt is None and args.vae == "auto":
-            raise InputError("--vae auto takes the architecture from --vae-ckpt; from scratch, name one")
-        vae = load_vae(args.vae, args.vae_ckpt, say=run.notes.append) if args.vae_ckpt else build_vae(args.vae)
-        require_trainable(vae)
-        discriminator = load_discriminator(args.disc_pretrained_ckpt)
+        nets = assemble(args, vae_of_checkpoint(checkpoint, path), load_discriminator(None), vae_loss)
+        load_strictly(nets.discriminator, checkpoint["discriminator"], f"{path}: discriminator")
+        load_strictly(nets.discriminator_loss, checkpoint["loss_buffers"], f"{path}: loss_buffers")
+        return nets
+    if args.vae_ckpt is None and args.vae == "auto":
+        raise InputError("--vae auto takes the architecture from --vae-ckpt; from scratch, name one")
+    vae = load_vae(args.vae, args.vae_ckpt, say=run.notes.append) if args.vae_ckpt else build_vae(args.vae)
+    return assemble(args, vae, load_discriminator(args.disc_pretrained_ckpt), vae_loss)
+
+
+def assemble(args, vae: AutoencoderKL, discriminator: PatchDiscriminator, vae_loss: VAELoss) -> Networks:
+    """The networks of a run around these."""
+    require_trainable(vae)
     require_resolution(args.resolution)
     trainable = TrainableVAE(vae)
     if "vae" in args.grad_checkpoint:
         trainable.checkpoint_activations()
-    return Networks(trainable, discriminator, vae_loss, discriminator_loss, latent_shape(vae, args.resolution))
+    losses = vae_loss, DiscriminatorLoss(vae_loss.config)
+    return Networks(trainable, discriminator, *losses, latent_shape(vae, args.resolution))
 
 
 def build_optimizers(args, run: Run, nets: Networks, checkpoint: dict | None) -> SimpleNamespace:

@@ -10,6 +10,7 @@ from configs.groups import (
     VAE_NAMES,
     add_alignment_flags,
     add_data_flags,
+    add_dry_run_flag,
     add_feature_flags,
     add_online_evaluation_flags,
     add_run_flags,
@@ -98,6 +99,7 @@ def generate_parser() -> ArgumentParser:
     on_off(samples, "--save-png", False, "also write every sample as PNG")
     replaced = "an existing result, or an interrupted job of other options, of this name"
     on_off(samples, "--overwrite", False, f"replace {replaced}")
+    add_dry_run_flag(samples)
 
     sampler = parser.add_argument_group("sampler")
     sampler.add_argument("--mode", default="ode", choices=["ode", "sde"], help="Euler or Heun; or Euler-Maruyama")

@@ -1,5 +1,7 @@
 """Groups of flags that several scripts share; where a function returns its group, a script adds its own flags to it."""
 
+import os
+
 from configs.parsing import (
     OneSpelling,
     Shipped,
@@ -40,7 +42,19 @@ def add_run_flags(parser):
         "--continue-train-exp-dir", type=path, help="the run folder that --resume-step reads from, if not its own"
     )
     on_off(run, "--overwrite", False, "delete an existing run folder of this name and start afresh")
+    add_dry_run_flag(run)
     return run
+
+
+def add_dry_run_flag(group) -> None:
+    group.add_argument(
+        "--dry-run",
+        type=positive_int,
+        nargs="?",
+        const=int(os.environ.get("WORLD_SIZE", 1)),
+        metavar="PROCESSES",
+        help="print what the job will cost on so many processes (by itself: the launcher's), and stop",
+    )
 
 
 def add_unused_flags(run) -> None:

@@ -1,5 +1,6 @@
 """LPIPS (arXiv 1801.03924), the `lpips` package's own network, with the VGG16 trunk loaded from a named file."""
 
+import inspect
 import warnings
 from pathlib import Path
 
@@ -31,15 +32,9 @@ def load_lpips(weights: str | Path | None = None, *, flag: str = "--lpips-weight
     with about(flag):
         trunk = read_torch_file(path)
 
-    # The network, without weights yet: no download, and no draw from torch's global generator.
-    import lpips  # late: it pulls in torchvision and scipy, and a perceptual weight of 0 needs none of it
-
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # lpips still says `pretrained=` to torchvision
-        network = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
-
     # Weights: trunk from the file, calibration ("lin" layers) from the package, and the scaling of its constructor.
-    packaged = Path(lpips.__file__).parent / "weights/v0.1/vgg.pth"
+    network = lpips_by_shape()
+    packaged = Path(inspect.getfile(type(network))).parent / "weights/v0.1/vgg.pth"
     calibration = torch.load(packaged, map_location="cpu", weights_only=True)
     state = {"scaling_layer.shift": network.scaling_layer.shift, "scaling_layer.scale": network.scaling_layer.scale}
     for key, parameter in network.state_dict().items():
@@ -48,6 +43,17 @@ def load_lpips(weights: str | Path | None = None, *, flag: str = "--lpips-weight
         elif key.startswith("lin"):  # each layer is registered twice: lin0.* and lins.0.*
             state[key] = calibration[key.replace("lins.", "lin")]
     network.load_state_dict(state, assign=True)
+    return network
+
+
+def lpips_by_shape() -> nn.Module:
+    """The network of `load_lpips` without weights, on the meta device: no download, and no draw from torch's global
+    generator."""
+    import lpips  # late: it pulls in torchvision and scipy, and a perceptual weight of 0 needs none of it
+
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # lpips still says `pretrained=` to torchvision
+        network = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
     return network.requires_grad_(False).eval()
 
 

@@ -180,6 +180,19 @@ def load_encoders(enc_type: str | None, resolution: int, enc_ckpt: str | None = 
     return [load_encoder(name, resolution, file) for name, file in parse_encoder_list(enc_type, enc_ckpt)]
 
 
+def encoders_by_shape(enc_type: str | None, resolution: int, enc_ckpt: str | None = None) -> list[Encoder]:
+    """The encoders of `load_encoders` without weights, on the meta device; no weights file is looked for."""
+    encoders = []
+    for name, _ in parse_encoder_list(enc_type, enc_ckpt):
+        if name in ENCODERS:
+            encoders.append(_public(ENCODERS[name], build(ENCODERS[name], resolution), resolution))
+        else:
+            input_size, grid, width = _timm_input(name, resolution)
+            network = _timm_model(name, img_size=input_size, meta=True)
+            encoders.append(_timm_encoder(name, network, resolution, input_size, grid, width))
+    return encoders
+
+
 def load_encoder(name: str, resolution: int = 256, checkpoint: str | None = None) -> Encoder:
     """A frozen encoder with its public weights, on the CPU.
 
@@ -193,7 +206,7 @@ def load_encoder(name: str, resolution: int = 256, checkpoint: str | None = None
     """
     parse_encoder_list(name)  # refuses unknown names
     if name in ENCODERS:
-        encoder = _load_public(ENCODERS[name], resolution, checkpoint)
+        encoder = _public(ENCODERS[name], load_network(ENCODERS[name], resolution, checkpoint), resolution)
     else:
         encoder = _load_timm(name, resolution, checkpoint)
     grid, width = encoder.grid, encoder.embed_dim
@@ -204,8 +217,7 @@ def load_encoder(name: str, resolution: int = 256, checkpoint: str | None = None
 # The public encoders
 
 
-def _load_public(spec: EncoderSpec, resolution: int, checkpoint: str | None) -> Encoder:
-    network = load_network(spec, resolution, checkpoint)
+def _public(spec: EncoderSpec, network: nn.Module, resolution: int) -> Encoder:
     if not spec.final_norm:  # built and loaded with it, so that the file is checked whole
         network.norm = nn.Identity()
     return public_encoder(spec, network, resolution)
@@ -251,12 +263,7 @@ def build(spec: EncoderSpec, resolution: int, depth: int | None = None) -> nn.Mo
 
 def _load_timm(name: str, resolution: int, checkpoint: str | None) -> Encoder:
     """`timm:NAME` with its pretrained weights or a file's; its input is as near to the resolution as its patch lets."""
-    # What the ViT sees, and what it gives for that; told without weights.
-    patch, _ = _timm_shape(name)
-    input_size = max(1, round(resolution / patch)) * patch
-    grid, width = _check_tokens(name, _timm_model(name, img_size=input_size, meta=True), input_size)
-
-    # Its weights: timm's, or a file's.
+    input_size, grid, width = _timm_input(name, resolution)
     options = {}
     if checkpoint is not None:
         if not Path(checkpoint).is_file():
@@ -267,9 +274,19 @@ def _load_timm(name: str, resolution: int, checkpoint: str | None) -> Encoder:
         overlay = {"source": None, "file": checkpoint, "num_classes": num_classes}
         options = {"num_classes": num_classes, "pretrained_cfg_overlay": overlay}
     network = _timm_model(name, img_size=input_size, pretrained=True, **options)
-    network.reset_classifier(0)
+    return _timm_encoder(name, network, resolution, input_size, grid, width)
 
-    # Its preprocessing, as timm records it.
+
+def _timm_input(name: str, resolution: int) -> tuple[int, int, int]:
+    """Side of what a timm ViT sees of images of this resolution; grid and width of the tokens that it gives for it."""
+    patch, _ = _timm_shape(name)
+    input_size = max(1, round(resolution / patch)) * patch
+    return input_size, *_check_tokens(name, _timm_model(name, img_size=input_size, meta=True), input_size)
+
+
+def _timm_encoder(name: str, network: nn.Module, resolution: int, input_size: int, grid: int, width: int) -> Encoder:
+    """The encoder around a timm ViT, with the preprocessing that timm records."""
+    network.reset_classifier(0)
     config = network.pretrained_cfg
     interpolation = config["interpolation"] if config["interpolation"] in ("bilinear", "nearest") else "bicubic"
     sizes = dict(resolution=resolution, input_size=input_size, grid=grid)

@@ -1,5 +1,6 @@
 """The VAE: loaded strictly from every form of file in which one is found, with the statistics of its latents."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from models.vae_architecture import (
     vae_config,
     vae_models,
 )
-from models.vae_folder import hub_folder, is_hub_name, load_folder
+from models.vae_folder import cached_folder, folder_by_shape, hub_folder, is_hub_name, load_folder
 from models.vae_state import (
     Say,
     choose_config,
@@ -38,6 +39,7 @@ __all__ = [
     "latent_statistics",
     "load_vae",
     "require_trainable",
+    "vae_by_shape",
     "vae_config",
     "vae_from_state",
     "vae_models",
@@ -89,7 +91,43 @@ def _load(path: Path, arch: str, wanted: str, flags: tuple[str, str], say: Say) 
     raise InputError(f"{path} does not exist; public ones: {public}, or {auto}; see 'VAE' in README.md")
 
 
+def vae_by_shape(
+    arch: str, path: str | Path | None, *, flags: tuple[str, str] = ("--vae", "--vae-ckpt"), say: Say = log_line
+) -> AutoencoderKL:
+    """The network of `load_vae` without weights, on the meta device. With "auto", what the path names is read for its
+    architecture, and nothing is downloaded.
+
+    Raises:
+        InputError: "auto", and nothing there says the architecture.
+    """
+    if arch != "auto":
+        if path is not None:
+            say(f"{flags[1]} {path} is not read: the network is that of {flags[0]} {arch}")
+        with torch.device("meta"):
+            return build_vae(arch)
+    needed = f"{flags[0]}: auto was given, and {path} is not there to take it from; name an architecture"
+    if path is None:
+        raise InputError(needed)
+    if is_hub_name(str(path)):
+        path = cached_folder(str(path)) or path
+    path = Path(path)
+    with about(flags[1]):
+        if path.is_dir():
+            return folder_by_shape(path)
+        if path.is_file():
+            _, config = _state_and_config(path, arch, f"{flags[0]} {arch}", say)
+            with torch.device("meta"):
+                return build_vae(config)
+    raise InputError(needed)
+
+
 def _load_file(path: Path, arch: str, wanted: str, say: Say) -> AutoencoderKL:
+    state, config = _state_and_config(path, arch, wanted, say)
+    return vae_from_state(state, config, str(path), wanted)
+
+
+def _state_and_config(path: Path, arch: str, wanted: str, say: Say) -> tuple[dict[str, Tensor], Mapping]:
+    """A file's tensors of the VAE, and the configuration that they belong to."""
     said = []
     contents = read_contents(path, said.append)
     try:
@@ -99,8 +137,7 @@ def _load_file(path: Path, arch: str, wanted: str, say: Say) -> AutoencoderKL:
     for line in said:
         say(line)
     recorded = recorded_config(contents) or config_beside(path, state, say)
-    config = choose_config(state, arch, recorded, str(path), wanted)
-    return vae_from_state(state, config, str(path), wanted)
+    return state, choose_config(state, arch, recorded, str(path), wanted)
 
 
 def latent_statistics(

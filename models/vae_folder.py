@@ -28,13 +28,7 @@ def load_folder(folder: Path, arch: str, wanted: str, say: Say) -> nn.Module:
     Raises:
         InputError: no such folder, a class that is not known here, another architecture, a missing or unknown key.
     """
-    if _class_name(folder) not in kinds_by_name and (folder / "vae" / "config.json").is_file():
-        folder = folder / "vae"  # a whole pipeline, which may have a configuration of its own
-    name = _class_name(folder)
-    if name is None:
-        raise InputError(f"{folder} is no diffusers folder: a config.json with '_class_name' is needed")
-    if name not in kinds_by_name:
-        raise InputError(f"{folder} holds a {name}; one of {', '.join(kinds_by_name)} is needed")
+    folder, name = _own_folder(folder)
     vae = _from_pretrained(folder, kinds_by_name[name], say)
     if arch != "auto":
         if name != "AutoencoderKL":
@@ -43,6 +37,25 @@ def load_folder(folder: Path, arch: str, wanted: str, say: Say) -> nn.Module:
         check_fit(vae.config["latent_channels"], levels, vae_models[arch], str(folder), wanted)
         require_same_network(vae, arch, str(folder), wanted)
     return vae
+
+
+def folder_by_shape(folder: Path) -> nn.Module:
+    """The VAE of a diffusers folder without weights, on the meta device: its configuration alone is read."""
+    folder, name = _own_folder(folder)
+    with torch.device("meta"):
+        return kinds_by_name[name].from_config(json.loads((folder / "config.json").read_text()))
+
+
+def _own_folder(folder: Path) -> tuple[Path, str]:
+    """The folder of the VAE itself, which may lie in a pipeline's, and the name of its class."""
+    if _class_name(folder) not in kinds_by_name and (folder / "vae" / "config.json").is_file():
+        folder = folder / "vae"  # a whole pipeline, which may have a configuration of its own
+    name = _class_name(folder)
+    if name is None:
+        raise InputError(f"{folder} is no diffusers folder: a config.json with '_class_name' is needed")
+    if name not in kinds_by_name:
+        raise InputError(f"{folder} holds a {name}; one of {', '.join(kinds_by_name)} is needed")
+    return folder, name
 
 
 def _class_name(folder: Path) -> str | None:
@@ -136,12 +149,21 @@ def hub_folder(name: str, say: Say) -> Path:
     Raises:
         InputError: not in the cache, and the hub is not reached, or has no such VAE, or does not give it out.
     """
-    repository, subfolder = _HUB_NAME.fullmatch(name).groups()
-    folders = (f"{subfolder}/",) if subfolder else ("", "vae/")
-    if cached := _cached(repository, folders):
+    if cached := cached_folder(name):
         say(f"{name}: taken from the hub's cache, revision {_revision(cached)}")
         return cached
-    return _download(repository, folders, name, say)
+    return _download(*_places(name), name, say)
+
+
+def cached_folder(name: str) -> Path | None:
+    """As `hub_folder`, of what lies in the cache; None: it is not there."""
+    return _cached(*_places(name))
+
+
+def _places(name: str) -> tuple[str, tuple[str, ...]]:
+    """The repository of a VAE, and the folders in it where the VAE may be."""
+    repository, subfolder = _HUB_NAME.fullmatch(name).groups()
+    return repository, (f"{subfolder}/",) if subfolder else ("", "vae/")
 
 
 def _revision(folder: Path) -> str:

@@ -36,6 +36,7 @@ FREE = {
     "label_file",
     "sample_dir",
     "overwrite",
+    "dry_run",
     "save_png",
     "grid",
     "trajectory",

@@ -68,6 +68,10 @@ class SampleStore:
         needed = 2 * int(np.prod(self.shape, dtype=np.int64)) + extra_bytes - there
         require_disk(self.target, needed, f"{FLAG}: the samples")
 
+    def interrupted(self) -> dict | None:
+        """What a partial job of this name depends on, whichever its options are; None: there is none."""
+        return self._read_job() if all(file.is_file() for file in self.partial_files) else None
+
     def create(self, job: dict, **check) -> None:
         """Take up the partial files of the same job, else replace whatever there is by new ones; on one process.
 

@@ -1,5 +1,6 @@
 """A trained run, ours or public, as what sampling needs: SiT, the decoder, the latent statistics."""
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,12 @@ class TrainedRun:
 
 
 def load_trained(
-    exp_path: str | Path, train_steps: str | None = None, vae_ckpt: str | Path | None = None, *, ema: bool = True
+    exp_path: str | Path,
+    train_steps: str | None = None,
+    vae_ckpt: str | Path | None = None,
+    *,
+    ema: bool = True,
+    by_shape: bool = False,
 ) -> TrainedRun:
     """SiT, VAE and latent statistics of a checkpoint: ours, public, REPA's or SiT's. No encoder is loaded.
 
@@ -66,6 +72,7 @@ def load_trained(
         train_steps: which checkpoint (`--train-steps`); the latest when None.
         vae_ckpt: a VAE instead of the checkpoint's own or the one its args name (`--vae-ckpt`).
         ema: SiT's moving average, else its raw weights.
+        by_shape: give SiT the shapes of its weights alone, on the meta device.
 
     Raises:
         InputError: no such run or checkpoint, or one whose parts do not fit each other.
@@ -74,7 +81,9 @@ def load_trained(
     contents = read_checkpoint(path, need=())
     args = _stored_args(_run_folder(path)) | contents.pop("args")
     state, notes = find_sit_state(contents, path, ema=ema)
-    sit = _build_sit(state, args, path)
+    with torch.device("meta") if by_shape else contextlib.nullcontext():
+        weights = {key: value.to("meta") for key, value in state.items()} if by_shape else state
+        sit = _build_sit(weights, args, path)
 
     vae_path = _find_vae(contents, args, path, vae_ckpt)
     if vae_path is None:

@@ -57,6 +57,11 @@ def launcher_notes(**here: tuple[str, str]) -> list[str]:
     return notes
 
 
+def launched_rank() -> int:
+    """This process's number as the launcher says it, before any process group is started."""
+    return int(os.environ.get("RANK", 0))
+
+
 def rank() -> int:
     """This process's number, over all machines; rank 0 writes and speaks."""
     return dist.get_rank() if dist.is_initialized() else 0
