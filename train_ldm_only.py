@@ -37,7 +37,7 @@ from sampling.generation import preview, preview_sampler
 from sampling.labels import seen_classes
 from training.ema import update_ema
 from training.optimizer import Optimizer, adamw_settings, checkpoint_entries, restore
-from training.plan import PlannedRun
+from training.plan import PlannedRun, flops_for_mfu
 from training.run import Run
 from utils.counting import shapes_alone
 from utils.distributed import launched_rank, main_first
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
         if launched_rank() == 0:
             print(planned(args).text())
         return
-    run = Run(args)
+    run = Run(args, flops_per_image=flops_for_mfu(planned, args))
 
     # Read everything, and refuse what cannot work, before anything is written.
     with main_first():
@@ -168,7 +168,7 @@ def planned(args) -> PlannedRun:
         optimizer, settings = build_optimizer(args, run, nets, None), step_settings(args, micro_steps=run.micro_steps)
         images, labels = run.images()
         batch = torch.empty(run.share, 2 * channels, *sides), *([images] if encoders else []), labels
-        step = partial(train_step, run, nets, optimizer, repeat(batch), args.max_train_steps - 1, **settings)
+        step = partial(train_step, run, nets, optimizer, repeat(batch), **settings)
         contents = partial(checkpoint_contents, args, nets, optimizer, args.max_train_steps)
         run.count(step, [optimizer], contents, ema=nets.ema, encoders=encoders, sit=nets.sit, beside={"VAE": nets.vae})
     return run

@@ -46,7 +46,7 @@ from sampling.generation import preview, preview_sampler, reconstruction_pairs
 from sampling.labels import seen_classes
 from training.ema import update_ema
 from training.optimizer import Optimizer, adamw_settings, checkpoint_entries, restore
-from training.plan import PlannedRun
+from training.plan import PlannedRun, flops_for_mfu
 from training.run import Run
 from utils.counting import shapes_alone
 from utils.distributed import launched_rank, main_first
@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
         if launched_rank() == 0:
             print(planned(args).text())
         return
-    run = Run(args)
+    run = Run(args, flops_per_image=flops_for_mfu(planned, args))
 
     # Read everything, and refuse what cannot work, before anything is written.
     with main_first():
@@ -237,10 +237,11 @@ def planned(args) -> PlannedRun:
         run.to_device(nets.vae_loss.lpips, nets.discriminator_loss)
         nets.sit_ddp, nets.vae_ddp, nets.discriminator_ddp = nets.sit, nets.vae.train(), nets.discriminator.train()
         optimizers, settings = build_optimizers(args, run, nets, None), step_settings(args, micro_steps=run.micro_steps)
-        step = partial(train_step, run, nets, optimizers, repeat(run.images()), args.max_train_steps - 1, **settings)
+        step = partial(train_step, run, nets, optimizers, repeat(run.images()), **settings)
         contents = partial(checkpoint_contents, args, nets, optimizers, args.max_train_steps)
-        networks = dict(sit=nets.sit, vae=nets.vae.vae, lpips=nets.vae_loss.lpips, discriminator=nets.discriminator)
-        run.count(step, vars(optimizers).values(), contents, ema=nets.ema, encoders=nets.encoders, **networks)
+        networks = dict(sit=nets.sit, vae=nets.vae, lpips=nets.vae_loss.lpips, discriminator=nets.discriminator)
+        counted = dict(every=args.vae_every, ema=nets.ema, encoders=nets.encoders, **networks)
+        run.count(step, vars(optimizers).values(), contents, **counted)
     return run
 
 

@@ -37,7 +37,7 @@ from models.vae_files import require_new_vae_files, save_vae_files, vae_of_check
 from models.vae_keys import ldm_parameters, to_ldm
 from sampling.generation import reconstruction_pairs
 from training.optimizer import Optimizer, adamw_settings, checkpoint_entries, restore
-from training.plan import PlannedRun
+from training.plan import PlannedRun, flops_for_mfu
 from training.run import Run
 from utils.counting import shapes_alone
 from utils.distributed import launched_rank, main_first
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
         if launched_rank() == 0:
             print(planned(args).text())
         return
-    run = Run(args)
+    run = Run(args, flops_per_image=flops_for_mfu(planned, args))
 
     # Read everything, and refuse what cannot work, before anything is written.
     with main_first():
@@ -150,9 +150,9 @@ def planned(args) -> PlannedRun:
         run.to_device(nets.vae, nets.discriminator, nets.vae_loss.lpips, nets.discriminator_loss)
         nets.vae_ddp, nets.discriminator_ddp = nets.vae.train(), nets.discriminator.train()
         optimizers, settings = build_optimizers(args, run, nets, None), dict(micro_steps=run.micro_steps)
-        step = partial(train_step, run, nets, optimizers, repeat(run.images()), args.max_train_steps - 1, **settings)
+        step = partial(train_step, run, nets, optimizers, repeat(run.images()), **settings)
         contents = partial(checkpoint_contents, args, nets, optimizers, args.max_train_steps)
-        networks = dict(vae=nets.vae.vae, lpips=nets.vae_loss.lpips, discriminator=nets.discriminator)
+        networks = dict(vae=nets.vae, lpips=nets.vae_loss.lpips, discriminator=nets.discriminator)
         run.count(step, vars(optimizers).values(), contents, **networks)
     return run
 

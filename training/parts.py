@@ -3,10 +3,10 @@
 import contextlib
 from collections.abc import Iterable, Sequence
 
-from diffusers import AutoencoderKL
 from torch import nn
 
 from models.encoders import Encoder
+from models.posterior import TrainableVAE
 from models.sit import SiT
 from training.optimizer import Optimizer
 from utils.parts import OTHER, Parts
@@ -18,7 +18,7 @@ def step_parts(
     *,
     encoders: Sequence[Encoder] = (),
     sit: SiT | None = None,
-    vae: AutoencoderKL | None = None,
+    vae: TrainableVAE | None = None,
     lpips: nn.Module | None = None,
     discriminator: nn.Module | None = None,
 ) -> contextlib.ExitStack:
@@ -27,10 +27,8 @@ def step_parts(
     for encoder in encoders:
         stack.enter_context(parts.module(encoder.name, encoder))
     if vae is not None:
-        halves = {"VAE encode": (vae.encoder, vae.quant_conv), "VAE decode": (vae.post_quant_conv, vae.decoder)}
-        for name, modules in halves.items():
-            for module in filter(None, modules):
-                stack.enter_context(parts.module(name, module))
+        stack.enter_context(parts.method("VAE encode", vae, "encode"))
+        stack.enter_context(parts.method("VAE decode", vae, "decode"))
     if lpips is not None:
         stack.enter_context(parts.module("LPIPS", lpips))
     if discriminator is not None:

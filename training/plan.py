@@ -7,6 +7,7 @@ process group is started, and no file or folder is made.
 import argparse
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,9 +22,10 @@ from models.vae import latent_shape
 from training import run_folder
 from training.optimizer import Optimizer
 from training.parts import step_parts
+from utils.cards import card_peak
 from utils.costs import aligned, flops_lines, gb, memory_lines, time_lines
 from utils.counting import Cost, to_shapes
-from utils.distributed import world_size
+from utils.distributed import launched_rank, world_size
 from utils.errors import InputError
 from utils.parts import OTHER, Parts
 
@@ -133,10 +135,11 @@ class PlannedRun:
 
     def count(
         self,
-        step: Callable[[], object],
+        step: Callable[[int], object],
         optimizers: Iterable[Optimizer],
         checkpoint: Callable[[], dict],
         *,
+        every: int = 1,
         ema: nn.Module | None = None,
         beside: dict[str, nn.Module] | None = None,
         **networks,
@@ -144,8 +147,9 @@ class PlannedRun:
         """Run a step on shapes, within `utils.counting.shapes_alone`; the plan then has its costs.
 
         Args:
-            step: an optimiser step, of `micro_steps` micro-steps.
+            step: an optimiser step by its number, of `micro_steps` micro-steps.
             checkpoint: contents of a checkpoint.
+            every: of so many steps the first is another than the rest; its memory is taken for that of all.
             ema: the moving average.
             beside: networks that lie on the device and take no part in the step, by name.
             networks: as `training.parts.step_parts` takes them.
@@ -159,10 +163,14 @@ class PlannedRun:
         with Cost(parts, state) as cost, step_parts(parts, optimizers, **networks):
             for parameter in [parameter for optimizer in optimizers for parameter in optimizer.parameters]:
                 self._keep_gradient(parameter, cost)
-            step()
-        images = self.share * self.micro_steps
-        self.flops = {part: flops / images for part, flops in cost.flops.items()}
-        self.peak, self.peak_part = cost.peak, cost.peak_part
+            first = self.args.max_train_steps - self.args.max_train_steps % every  # late: no loss waits to begin
+            step(first)
+            self.peak, self.peak_part, of_first = cost.peak, cost.peak_part, Counter(cost.flops)
+            if every > 1:
+                step(first + 1)
+        images = self.share * self.micro_steps * every
+        rest = Counter(cost.flops) - of_first
+        self.flops = {part: (of_first[part] + (every - 1) * rest[part]) / images for part in cost.flops}
         storages = {x.untyped_storage()._cdata: x for x in tree_leaves(checkpoint()) if isinstance(x, Tensor)}
         self.checkpoint_bytes = sum(x.untyped_storage().nbytes() for x in storages.values())
 
@@ -251,6 +259,21 @@ class PlannedRun:
         rows.append(("a checkpoint", gb(self.checkpoint_bytes)))
         rows.append((f"all {written} of them", gb(written * self.checkpoint_bytes)))
         return aligned(rows)
+
+
+def flops_for_mfu(planned: Callable[[argparse.Namespace], PlannedRun], args: argparse.Namespace) -> float | None:
+    """FLOPs of a training step per image, where a row of the log can show them as a share of the card's peak: on rank
+    0, on a card whose peak is known. None elsewhere, and for a run that will be refused: it says so itself.
+
+    Args:
+        planned: the script's own; called before any process group is started.
+    """
+    if launched_rank() > 0 or card_peak(half=args.mixed_precision != "no", tf32=args.allow_tf32) is None:
+        return None
+    try:
+        return planned(args).flops_per_image
+    except InputError:
+        return None
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

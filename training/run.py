@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import gc
 import json
 import logging
 import math
@@ -26,12 +25,13 @@ from training.ahead import Ahead
 from training.optimizer import Optimizer
 from training.trackers import open_trackers
 from training.window import Window
+from utils.cards import card_peak
 from utils.checkpoint import checkpoint_path, latest_step, read_checkpoint, write_checkpoint
 from utils.distributed import from_main, launcher_notes, main_first, start_processes, together
 from utils.errors import InputError, when_interrupted
 from utils.files import require_disk
 from utils.images import save_png
-from utils.memory import peak_gib
+from utils.memory import frozen_garbage, peak_gib
 from utils.rng import Draws
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,10 @@ PROGRESS_LOSSES = ("sit_loss", "vae_loss", "proj_loss", "reconstruction_loss")
 class Run:
     """One training run, as every process sees it.
 
+    Args:
+        args: the script's options.
+        flops_per_image: of a training step, on rank 0 (`training.plan.flops_for_mfu`); None: a row has no MFU.
+
     Attributes:
         rank, world_size, is_main, device: of this process.
         folder: `<output-dir>/<exp-name>`.
@@ -50,8 +54,8 @@ class Run:
             whether that lies in the run's own folder.
     """
 
-    def __init__(self, args: argparse.Namespace):
-        self.args = args
+    def __init__(self, args: argparse.Namespace, *, flops_per_image: float | None = None):
+        self.args, self.flops_per_image = args, flops_per_image
         self.accelerator = start_processes()
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.is_main, self.device = self.accelerator.is_main_process, self.accelerator.device
@@ -327,6 +331,9 @@ class Run:
             return
 
         row = self._window.close(images_per_step=args.batch_size * args.gradient_accumulation_steps)
+        if self.flops_per_image is not None:
+            peak = self.world_size * card_peak(half=self.autocast_dtype is not None, tf32=args.allow_tf32)
+            row["mfu"] = row["images_per_second"] * self.flops_per_image / peak
         row["peak_memory_gib"] = peak_gib(self.device)
         row |= {f"loss_scale_{name}": scaler.get_scale() for name, scaler in self._scalers.items()}
         if self.is_main:
@@ -373,21 +380,3 @@ class Run:
         for handler in self._handlers:
             logging.getLogger().removeHandler(handler)
             handler.close()
-
-
-@contextlib.contextmanager
-def frozen_garbage() -> Iterator[Callable[[], None]]:
-    """Give a function that takes all that lives now out of the garbage collector's sight, until the block ends.
-
-    Networks and optimisers are a few hundred thousand objects, and a full collection looks at each of them: a stall of
-    a tenth of a second, on one process while the others wait for it.
-    """
-
-    def freeze() -> None:
-        gc.collect()
-        gc.freeze()
-
-    try:
-        yield freeze
-    finally:
-        gc.unfreeze()

@@ -2,6 +2,8 @@
 
 import re
 
+import torch
+
 # Dense (not sparse) FLOP/s of the tensor cores: 16 bits (fp16 and bf16, summed in float32), TF32; and of float32.
 PEAKS: dict[str, tuple[float, float, float]] = {
     "B200": (2250e12, 1125e12, 75e12),
@@ -33,3 +35,8 @@ def peak_flops(card: str, *, half: bool, tf32: bool) -> float | None:
             sixteen_bits, tf32_peak, float32 = PEAKS[name]
             return sixteen_bits if half else tf32_peak if tf32 else float32
     return None
+
+
+def card_peak(*, half: bool, tf32: bool) -> float | None:
+    """`peak_flops` of the card that is here; None on a CPU."""
+    return peak_flops(torch.cuda.get_device_name(), half=half, tf32=tf32) if torch.cuda.is_available() else None

@@ -11,9 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train_ldm_only
 import train_repae
 import train_vae
+from configs.arguments import repae_parser
 from dataset.data import LatentsAndLabels
 from tests.support import small
 from training.window import SPEEDS
+from utils.parts import Part
 
 SCRIPTS = {"train_repae": train_repae, "train_ldm_only": train_ldm_only, "train_vae": train_vae}
 NETWORKS = {"train_repae": "vae,sit", "train_ldm_only": "sit", "train_vae": "vae"}
@@ -223,3 +225,30 @@ def test_the_share_of_waiting_is_the_loaders(place, tmp_path, monkeypatch):
     train("train_ldm_only", place, tmp_path, "run", max_train_steps=2)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(row["data_wait_share"] > 0.6 for row in rows)
+
+
+def test_the_mfu_is_the_counted_flops_over_the_cards_peak(place, tmp_path, monkeypatch):
+    peak = 1e9
+    for module in ("training.plan", "training.run"):
+        monkeypatch.setattr(f"{module}.card_peak", lambda *, half, tf32: peak)
+    train("train_repae", place, tmp_path, "run", max_train_steps=1)
+    (row,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    args = repae_parser().parse_args(small.repae_options(place, tmp_path, "plan"))
+    flops = train_repae.planned(args).flops_per_image
+    assert row["mfu"] == pytest.approx(row["images_per_second"] * flops / peak)
+
+
+def test_a_resting_vae_costs_its_encoder_alone(place, tmp_path):
+    """K = 4: a quarter of all that VAE and discriminator learn with; encoder and SiT as ever."""
+
+    def flops(**options) -> dict:
+        args = repae_parser().parse_args(small.repae_options(place, tmp_path, "plan", **options))
+        return train_repae.planned(args).flops
+
+    always, seldom = flops(), flops(vae_every=4)
+    assert seldom.keys() == always.keys()
+    for part, value in always.items():
+        kept = (
+            1 if part in (Part("VAE encode"), Part("SiT step"), Part("SiT step", True)) or "timm" in part.name else 0.25
+        )
+        assert seldom[part] == pytest.approx(kept * value), part
