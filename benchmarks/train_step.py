@@ -12,6 +12,7 @@ data sheet, and beside it stands the share of a matrix product that was measured
 import argparse
 import itertools
 import multiprocessing
+import re
 import tempfile
 import time
 from collections import defaultdict
@@ -253,7 +254,7 @@ def main(argv: list[str] | None = None) -> None:
             whole, rows = pool.apply(measure, (case, words, args.device, args.threads))
         wholes.append(whole)
         by_part += [{"precision": precision, "compiled": compiled, **row} for row in rows]
-    more = "-".join(word.strip("-") for word in args.more)
+    more = re.sub(r"\W+", "-", " ".join(args.more)).strip("-")
     notes = ["a CPU's convolutions are faster than its matrix product: shares of it pass 1"] if on_cpu else []
     report(args, "train-step" + (f"-{more}" if more else ""), wholes, notes)
     report(args, "train-step-parts" + (f"-{more}" if more else ""), by_part, notes)

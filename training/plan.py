@@ -271,7 +271,8 @@ def flops_for_mfu(planned: Callable[[argparse.Namespace], PlannedRun], args: arg
     if launched_rank() > 0 or card_peak(half=args.mixed_precision != "no", tf32=args.allow_tf32) is None:
         return None
     try:
-        return planned(args).flops_per_image
+        # What is computed again to save memory is no part of what a step needs.
+        return planned(argparse.Namespace(**vars(args) | {"grad_checkpoint": []})).flops_per_image
     except InputError:
         return None
 

@@ -10,6 +10,7 @@ norms, activations and optimisers have next to none. Memory is that of tensors, 
 """
 
 import contextlib
+import functools
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -18,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
@@ -107,7 +107,7 @@ class Cost(TorchDispatchMode):
 def shapes_alone() -> Iterator[None]:
     """Within it, tensors on the CPU have a shape and a dtype, and neither numbers nor memory: a forward and a backward
     pass of the largest networks take seconds. Autocast treats norms and softmax as on CUDA."""
-    with FakeTensorMode(allow_non_fake_inputs=True), _NormsInFloat32():
+    with FakeTensorMode(allow_non_fake_inputs=True), _norms_in_float32():
         yield
 
 
@@ -121,13 +121,27 @@ def to_shapes(module: nn.Module, device: str = "cpu") -> None:
             inner._buffers[name] = None if tensor is None else torch.empty_like(tensor, device=device)
 
 
-class _NormsInFloat32(TorchFunctionMode):
+@contextlib.contextmanager
+def _norms_in_float32() -> Iterator[None]:
     """CUDA's autocast computes norms and softmax in float32, and keeps their float32 inputs for the backward pass; the
-    CPU's does not. (The losses on CUDA's list stand outside autocast here.)"""
+    CPU's does not. (The losses on CUDA's list stand outside autocast here.) The functions themselves are replaced: a
+    TorchFunctionMode would not be there where a backward pass computes activations again."""
 
-    FUNCTIONS = (F.group_norm, F.layer_norm, F.softmax, torch.softmax, Tensor.softmax)
+    def in_float32(function):
+        @functools.wraps(function)
+        def cast(*args, **kwargs):
+            if torch.is_autocast_enabled("cpu"):
+                args = [x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args]
+            return function(*args, **kwargs)
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in self.FUNCTIONS and torch.is_autocast_enabled("cpu"):
-            args = [x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args]
-        return func(*args, **kwargs or {})
+        return cast
+
+    places = [(F, "group_norm"), (F, "layer_norm"), (F, "softmax"), (torch, "softmax"), (Tensor, "softmax")]
+    own = [(owner, name, vars(owner).get(name)) for owner, name in places]
+    try:
+        for owner, name in places:
+            setattr(owner, name, in_float32(getattr(owner, name)))
+        yield
+    finally:
+        for owner, name, function in own:
+            delattr(owner, name) if function is None else setattr(owner, name, function)

@@ -116,6 +116,23 @@ def test_processes_share_the_step_and_keep_gradients_in_buckets(place, tmp_path)
         assert two.peak[kind] == one.peak[kind]
 
 
+@pytest.mark.parametrize("networks", ["vae", "sit", "vae,sit"])
+def test_checkpointed_networks_take_less_memory_and_more_flops(networks, place, tmp_path):
+    """In bf16, where norms are float32: what is computed again must come to what was kept."""
+
+    def plan(**options):
+        size = dict(vae="f8d4", model="SiT-B/2", resolution=128, data_dir=tmp_path / "none", enc_type="dinov2-vit-b")
+        words = small.repae_options(place, tmp_path, "run", mixed_precision="bf16", **size, **options)
+        return train_repae.planned(repae_parser().parse_args(words))
+
+    whole, less = plan(), plan(grad_checkpoint=networks)
+    assert less.peak.total() < whole.peak.total()
+    if networks != "sit":  # the peak is the VAE's
+        assert less.peak["activations"] < 0.5 * whole.peak["activations"]
+    again = less.flops_per_image / whole.flops_per_image
+    assert 1 < again < 1.05 if networks == "sit" else 1.2 < again < 1.35
+
+
 def test_a_step_of_many_micro_steps(place, tmp_path):
     one, many = planned(place, tmp_path), planned(place, tmp_path, gradient_accumulation_steps=5)
     assert one.flops == many.flops and many.images_per_step == 5 * one.images_per_step
