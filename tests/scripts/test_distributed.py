@@ -46,6 +46,7 @@ def training_jobs(place, inputs, output) -> dict[str, tuple[str, list[str]]]:
     rates = dict(vae_learning_rate=1e-5, disc_learning_rate=3e-5)
     common = dict(loss_cfg_path=inputs / "loss.yaml", max_train_steps=3, checkpointing_steps=3, **rates)
     jointly = dict(learning_rate=1e-4, vae_ckpt=inputs / "bare.pt", gradient_accumulation_steps=2, num_preview=2)
+    jointly |= dict(grad_checkpoint="vae,sit")  # whose recomputation must not upset the averaging of gradients
     online = dict(eval_steps=3, eval_reference=place.data, eval_samples=70, eval_features=place.encoder)
     return {
         "train_repae": ("train_repae", small.repae_options(place, output, "train_repae", **common, **jointly)),
