@@ -157,7 +157,7 @@ class Stopwatch:
 def measure(case: str, words: list[str], device: torch.device, threads: int) -> tuple[dict, list[dict]]:
     """A row of the whole step, and rows of its parts."""
     torch.set_num_threads(threads)
-    torch._inductor.config.force_disable_caches = True  # the first step is that of a machine that has seen nothing
+    torch.compiler.config.force_disable_caches = True  # the first step is that of a machine that has seen nothing
     script = SIZES[case][0]
     plan = (train_ldm_only if script == "ldm" else train_repae).planned(
         (ldm_only_parser() if script == "ldm" else repae_parser()).parse_args(words)
