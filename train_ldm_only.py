@@ -6,9 +6,10 @@
 """
 
 from configs.arguments import ldm_only_parser
+from utils.inputs import require_inputs
 
-if __name__ == "__main__":  # --help and a mistyped flag answer before the heavy imports
-    ldm_only_parser().answer_before_imports()
+if __name__ == "__main__":  # --help, a mistyped flag and missing data are answered before the heavy imports
+    ldm_only_parser().answer_before_imports(check=require_inputs)
 
 import copy
 from collections.abc import Iterator

@@ -8,9 +8,10 @@ velocity of the latents, detached, and the alignment; SiT's EMA follows.
 """
 
 from configs.arguments import repae_parser
+from utils.inputs import require_inputs
 
-if __name__ == "__main__":  # --help and a mistyped flag answer before the heavy imports
-    repae_parser().answer_before_imports()
+if __name__ == "__main__":  # --help, a mistyped flag and missing data are answered before the heavy imports
+    repae_parser().answer_before_imports(check=require_inputs)
 
 import copy
 from collections.abc import Iterator

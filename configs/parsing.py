@@ -30,13 +30,24 @@ class ArgumentParser(argparse.ArgumentParser):
             print(f"{self.prog}: error: {message}", file=sys.stderr)
         sys.exit(2)
 
-    def answer_before_imports(self, parse: Callable[[], object] | None = None) -> None:
+    def answer_before_imports(
+        self,
+        parse: Callable[[], argparse.Namespace] | None = None,
+        check: Callable[[argparse.Namespace], None] | None = None,
+    ) -> None:
         """Answer --help and a mistyped flag; from here on, until `main` begins, Ctrl-C ends the process in one line.
 
         Args:
             parse: reads the command line where `parse_args` alone does not.
+            check: raises a ValueError for what `main` would refuse. Several processes leave together, which needs
+                `main`: there it is not asked.
         """
-        (parse or self.parse_args)()
+        args = (parse or self.parse_args)()
+        if check is not None and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            try:
+                check(args)
+            except ValueError as error:
+                self.error(" ".join(str(error).split()))
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it is another where a shell ignores Ctrl-C
             signal.signal(signal.SIGINT, self._leave)
 

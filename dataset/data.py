@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from utils.errors import InputError
+from utils.inputs import preprocessing_command, require_data_folder
 
 
 class ImageData:
@@ -34,7 +35,7 @@ class ImageData:
         self, folder: str | os.PathLike, *, resolution: int | None = None, num_classes: int | None = None
     ) -> None:
         self.folder = Path(folder)
-        _require_data_folder(self.folder, resolution)
+        require_data_folder(self.folder, resolution)
         self.info = _read_json(self.folder / "dataset.json")
         self.images = _open_array(self.folder / "images.npy", (np.uint8,), "(N, 3, R, R)", mmap_mode="r")
         self.labels = _open_array(self.folder / "labels.npy", (np.int64,), "(N,)")
@@ -56,7 +57,7 @@ class ImageData:
         # Images and labels as the run asks for them.
         if resolution is not None and resolution != height:
             found = f"the images in {self.folder} are {height} x {height}"
-            advice = f"give --resolution {height}, or {_preprocessing_command(self.folder, resolution)}"
+            advice = f"give --resolution {height}, or {preprocessing_command(self.folder, resolution)}"
             raise InputError(f"--resolution: {resolution} was given; {found}: {advice}")
         if self.labels.min() < 0:
             raise InputError(f"{self.folder / 'labels.npy'}: label {self.labels.min()}; labels start at 0")
@@ -176,23 +177,6 @@ def _take(array: np.ndarray, indices: Sequence[int]) -> np.ndarray:
     for place in np.argsort(indices):
         rows[place] = array[indices[place]]
     return rows
-
-
-def _preprocessing_command(folder: Path, resolution: int | None) -> str:
-    size = f" --resolution {resolution}" if resolution not in (None, 256) else ""
-    return f"run: python preprocessing.py --imagenet-path /PATH/TO/IMAGES --output-path {folder}{size}"
-
-
-def _require_data_folder(folder: Path, resolution: int | None) -> None:
-    command = _preprocessing_command(folder, resolution)
-    if not folder.is_dir():
-        raise InputError(f"--data-dir: {folder} is not a folder; {command}")
-    missing = [name for name in ("images.npy", "labels.npy", "dataset.json") if not (folder / name).is_file()]
-    if "images.npy" in missing and (folder / "images.h5").exists():
-        found = f"{folder} holds images.h5 of the public release; images.npy is needed"
-        raise InputError(f"--data-dir: {found}. Run preprocessing.py again ({command})")
-    if missing:
-        raise InputError(f"--data-dir: {folder} lacks {', '.join(missing)}; {command}")
 
 
 def _read_json(path: Path) -> dict:
