@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart study test test-slow lint clean
+.PHONY: help quickstart study test test-slow test-gpu lint clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ test: $(INSTALLED)  ## the tests: minutes on 2 CPU cores, no GPU
 
 test-slow: $(INSTALLED)  ## the tests of full-size networks and long runs
 	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(INSTALLED)  ## the acceptance suite of a GPU: ends with a table, and a file in benchmarks/results/
+	$(BIN)/python -m pytest tests/gpu -m gpu
 
 lint: $(INSTALLED)  ## ruff: rules and format
 	$(BIN)/ruff check .
