@@ -1,6 +1,6 @@
 """Training steps of the scripts: half precision, overflow, compiling, waiting, resuming, memory.
 
-Each test runs on the CPU as part of `make test`, and on a GPU by `make test-gpu`, with the same bounds.
+Each test runs on the CPU (`make test`, a few in `make test-slow`) and on a GPU (`make test-gpu`), with the same bounds.
 """
 
 import math
@@ -15,6 +15,15 @@ from utils.rng import Draws
 pytestmark = pytest.mark.usefixtures("leaves_numerics")
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 EVERYWHERE = pytest.mark.parametrize("device", ["cpu", GPU])
+# On the CPU the joint script is enough for an ordinary run of the tests: it has all of the networks.
+EVERY_SCRIPT = pytest.mark.parametrize(
+    ("script", "device"),
+    [
+        pytest.param(script, device, marks=[getattr(pytest.mark, mark)] if mark else [])
+        for script in steps.SCRIPTS
+        for device, mark in (("cuda", "gpu"), ("cpu", "" if script == "train_repae" else "slow"))
+    ],
+)
 
 # Of |a - b| / (|b| + 0.1): bf16 keeps 8 bits of the network's values, fp16 11; a compiled graph rounds elsewhere.
 LOSSES = {"bf16": 0.1, "fp16": 0.03}
@@ -24,9 +33,8 @@ COMPILED = 2e-3
 GROWTH = 2**16  # bytes: a batch may still be on its way; 512 a step, the least that CUDA gives, would be more
 
 
-@EVERYWHERE
+@EVERY_SCRIPT
 @pytest.mark.parametrize("precision", LOSSES)
-@pytest.mark.parametrize("script", steps.SCRIPTS)
 def test_half_precision_is_near_float32(script, precision, device, place, tmp_path, bounded):
     for name in ("no", precision):
         steps.train(script, place, tmp_path, name, mixed_precision=name, compile=False)
@@ -115,8 +123,7 @@ def test_no_step_waits_for_the_device(script, device, place, tmp_path, monkeypat
     steps.train(script, place, tmp_path, "run", max_train_steps=3, compile=False)
 
 
-@EVERYWHERE
-@pytest.mark.parametrize("script", steps.SCRIPTS)
+@EVERY_SCRIPT
 def test_resumed_is_uninterrupted(script, device, place, tmp_path):
     """To the last bit, under --deterministic."""
     how = dict(deterministic=True, compile=False)
