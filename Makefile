@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 BENCHMARKS := train_step sample cache data preprocess evaluate
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart study test test-slow bench lint clean
+.PHONY: help quickstart study test test-slow test-gpu bench lint clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ test: $(INSTALLED)  ## the tests: minutes on 2 CPU cores, no GPU
 
 test-slow: $(INSTALLED)  ## the tests of full-size networks and long runs
 	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(INSTALLED)  ## the acceptance suite of a GPU: ends with a table, and a file in benchmarks/results/
+	$(BIN)/python -m pytest tests/gpu -m gpu
 
 bench: $(INSTALLED)  ## the benchmarks at this machine's size; results in benchmarks/results/
 	set -e; for name in $(BENCHMARKS); do echo; echo "== $$name =="; $(BIN)/python -m benchmarks.$$name; done

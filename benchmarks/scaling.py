@@ -7,8 +7,9 @@ A step on N devices takes what it takes on one, and of each network's all-reduce
     t(N) = t(1) + sum over networks of max(0, all-reduce - overlap * backward)
     all-reduce = 2 (N - 1) / N * bytes / bandwidth + 2 (N - 1) * latency    (a ring)
 
-Within a node of 8 the links are NVLink; beyond it the slowest link of the ring counts, here one 400 Gb/s adapter a node.
-Rates on one GPU and bandwidths are assumptions until a card has been measured; gradients are counted from the networks.
+Within a node of 8 the links are NVLink; beyond it the slowest link of the ring counts, here one 400 Gb/s adapter a
+node. Rates of one GPU and bandwidths are assumed until a card has been measured; gradients are
+counted from the networks.
 """
 
 import os
@@ -155,7 +156,7 @@ def started(world: int, images: int) -> dict:
 
 
 def checked(images: int) -> dict:
-    """Two processes as predicted from one, and as they are; gloo computes on the same core, so that nothing overlaps."""
+    """Two processes as predicted from one, and as they are; gloo works on the same core: nothing overlaps."""
     one, two = started(1, images), started(2, images)
     predicted = one["step"] + two["reduce"]
     return {

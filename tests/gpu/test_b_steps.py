@@ -1,0 +1,160 @@
+"""Training steps of the scripts: half precision, overflow, compiling, waiting, resuming, memory.
+
+Each test runs on the CPU (`make test`, a few in `make test-slow`) and on a GPU (`make test-gpu`), with the same bounds.
+"""
+
+import math
+
+import pytest
+import torch
+
+from tests.gpu import steps
+from tests.support import small
+from utils.rng import Draws
+
+pytestmark = pytest.mark.usefixtures("leaves_numerics")
+GPU = pytest.param("cuda", marks=pytest.mark.gpu)
+EVERYWHERE = pytest.mark.parametrize("device", ["cpu", GPU])
+# On the CPU the joint script is enough for an ordinary run of the tests: it has all of the networks.
+EVERY_SCRIPT = pytest.mark.parametrize(
+    ("script", "device"),
+    [
+        pytest.param(script, device, marks=[getattr(pytest.mark, mark)] if mark else [])
+        for script in steps.SCRIPTS
+        for device, mark in (("cuda", "gpu"), ("cpu", "" if script == "train_repae" else "slow"))
+    ],
+)
+
+# Of |a - b| / (|b| + 0.1): bf16 keeps 8 bits of the network's values, fp16 11; a compiled graph rounds elsewhere.
+LOSSES = {"bf16": 0.1, "fp16": 0.03}
+# Of 1 - cosine: AdamW's first steps are signs of gradients, which rounding turns over where these are near zero.
+MOVEMENTS = {"bf16": 0.15, "fp16": 0.1}
+COMPILED = 2e-3
+GROWTH = 2**16  # bytes: a batch may still be on its way; 512 a step, the least that CUDA gives, would be more
+
+
+@EVERY_SCRIPT
+@pytest.mark.parametrize("precision", LOSSES)
+def test_half_precision_is_near_float32(script, precision, device, place, tmp_path, bounded):
+    for name in ("no", precision):
+        steps.train(script, place, tmp_path, name, mixed_precision=name, compile=False)
+    bounded("losses", steps.loss_distance(tmp_path, precision, "no"), LOSSES[precision])
+    found, expected = (steps.movements(tmp_path, name) for name in (precision, "no"))
+    for net in expected:
+        bounded(f"movement of {net}", steps.movement_distance(found[net], expected[net]), MOVEMENTS[precision])
+
+
+@EVERYWHERE
+@pytest.mark.parametrize("overflowing", ["opt", "opt_vae", "opt_disc"])
+def test_an_overflow_skips_one_network_alone(overflowing, device, place, tmp_path, monkeypatch):
+    """At step 1 an inf comes into one network's gradients: it rests, its scale halves, the others go on."""
+    seen = {}
+
+    def around(step, call, nets, optimizers):
+        if step == 0:
+            for one in vars(optimizers).values():
+                one.scaler = torch.amp.GradScaler(one.parameters[0].device.type, init_scale=2.0**8)
+        every = vars(optimizers)
+        before = {key: [p.detach().clone() for p in one.parameters] for key, one in every.items()}
+        scales = {key: one.scaler.get_scale() for key, one in every.items()}
+        weight = next(p for p in every[overflowing].parameters if p.requires_grad)
+        handle = weight.register_hook(lambda grad: torch.full_like(grad, math.inf)) if step == 1 else None
+        logs = call()
+        if handle:
+            handle.remove()
+        for key, one in every.items():
+            moved = any(not torch.equal(a, b) for a, b in zip(before[key], one.parameters, strict=True))
+            seen[step, key] = moved, one.scaler.get_scale() / scales[key]
+        return logs
+
+    steps.around_steps(monkeypatch, "train_repae", around)
+    steps.train("train_repae", place, tmp_path, "run", max_train_steps=2, mixed_precision="fp16", compile=False)
+    for (step, key), found in seen.items():
+        assert found == ((False, 0.5) if (step, key) == (1, overflowing) else (True, 1)), (step, key)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), GPU])
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("train_repae", {}),
+        ("train_repae", dict(stop_grad=False)),
+        ("train_repae", dict(vae_every=2, grad_checkpoint="vae,sit")),
+        ("train_ldm_only", {}),
+        ("train_vae", {}),
+    ],
+    ids=str,
+)
+def test_compiled_is_eager(script, options, device, place, tmp_path, bounded, monkeypatch):
+    """Near losses, the very same tensors move, and nothing is compiled after the second step."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    steps.train(script, place, tmp_path, "eager", compile=False, **options)
+    graphs = []
+
+    def around(step, call, nets, optimizers):
+        logs = call()
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        return logs
+
+    steps.around_steps(monkeypatch, script, around)
+    steps.train(script, place, tmp_path, "compiled", compile=True, **options)
+    bounded("losses", steps.loss_distance(tmp_path, "compiled", "eager"), COMPILED)
+    found, expected = (steps.movements(tmp_path, name) for name in ("compiled", "eager"))
+    bounded("tensors moved by one alone", sum(len(found[net].keys() ^ expected[net].keys()) for net in expected), 0)
+    assert graphs[0] > 0
+    bounded("graphs after two steps", graphs[-1] - graphs[1], 0)
+
+
+@EVERYWHERE
+@pytest.mark.parametrize("script", steps.SCRIPTS)
+def test_no_step_waits_for_the_device(script, device, place, tmp_path, monkeypatch):
+    """After the first, which fills caches; the rows between steps do wait. On a CPU AdamW counts its steps in view."""
+
+    def around(step, call, nets, optimizers):
+        if step == 0:
+            return call()
+        for one in steps.optimizers_of(optimizers).values() if device == "cpu" else ():
+            monkeypatch.setattr(one.adamw, "step", lambda *_, **__: None)
+        with steps.no_look():
+            return call()
+
+    steps.around_steps(monkeypatch, script, around)
+    steps.train(script, place, tmp_path, "run", max_train_steps=3, compile=False)
+
+
+@EVERY_SCRIPT
+def test_resumed_is_uninterrupted(script, device, place, tmp_path):
+    """To the last bit, under --deterministic."""
+    how = dict(deterministic=True, compile=False)
+    steps.train(script, place, tmp_path, "whole", **how)
+    steps.train(script, place, tmp_path, "run", max_train_steps=2, **how)
+    steps.train(script, place, tmp_path, "run", resume="latest", **how)
+    found, expected = small.checkpoint(tmp_path, "run", 4), small.checkpoint(tmp_path, "whole", 4)
+    assert found.pop("args") and expected.pop("args")
+    small.assert_same(found, expected)
+
+
+@EVERYWHERE
+def test_two_processes_draw_what_one_does(device):
+    one = Draws(0, 3, 0, 8, 0, 1, torch.device(device))
+    halves = [Draws(0, 3, 0, 8, rank, 2, torch.device(device)) for rank in range(2)]
+    for kind in ("normal", "uniform"):
+        whole = getattr(one, kind)("noise", 4, 6, 6)
+        assert whole.device.type == device
+        assert torch.equal(whole, torch.cat([getattr(half, kind)("noise", 4, 6, 6) for half in halves]))
+
+
+@pytest.mark.parametrize(("device", "length"), [("cpu", 30), pytest.param("cuda", 200, marks=pytest.mark.gpu)])
+def test_memory_is_flat(device, length, place, tmp_path, monkeypatch, bounded):
+    """Bytes of tensors after the last step, above those after the tenth."""
+    found = {}
+
+    def around(step, call, nets, optimizers):
+        found[step] = steps.live_bytes() if step in (10, length - 1) else None
+        return call()
+
+    steps.around_steps(monkeypatch, "train_repae", around)
+    far = dict(max_train_steps=length, checkpointing_steps=length)
+    steps.train("train_repae", place, tmp_path, "run", compile=False, **far)
+    bounded("growth in bytes", found[length - 1] - found[10], GROWTH)
