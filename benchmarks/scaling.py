@@ -1,4 +1,4 @@
-"""Step time from 1 to 64 GPUs by a small model, and the model against one and two processes on this machine's CPU.
+"""Step time from 1 to 64 GPUs by a small model; nothing is measured.
 
     python -m benchmarks.scaling
 
@@ -12,16 +12,9 @@ node. Rates of one GPU and bandwidths are assumed until a card has been measured
 counted from the networks.
 """
 
-import os
-import socket
-import time
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.common import arguments, parse, report
 from models.discriminator import PatchDiscriminator
@@ -105,74 +98,9 @@ def rows_of(job: Job) -> list[dict]:
     return rows
 
 
-# The model against this machine
-
-
-def network() -> nn.Module:
-    return SiT_models["SiT-T/2"](input_size=8, in_channels=4, encoder_depth=2, z_dims=[32])
-
-
-def measure(rank: int, world: int, port: int, images: int, found) -> None:
-    """Seconds of a step, and of an all-reduce of its gradients, in the median; by rank 0 into `found`."""
-    torch.set_num_threads(1)
-    if hasattr(os, "sched_setaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {cores[rank % len(cores)]})
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    torch.manual_seed(0)
-    sit = network()
-    ddp = DistributedDataParallel(sit)
-    x, t, y = torch.randn(images, 4, 8, 8), torch.rand(images), torch.zeros(images, dtype=torch.int64)
-
-    def step():
-        velocity, projections = ddp(x, t, y)
-        (velocity.square().mean() + projections[0].square().mean()).backward()
-
-    gradients = torch.zeros(sum(parameter.numel() for parameter in sit.parameters() if parameter.requires_grad))
-    steps, reduces = (median(call) for call in (step, lambda: dist.all_reduce(gradients)))
-    if rank == 0:
-        found.update(step=steps, reduce=reduces, bytes=4 * gradients.numel())
-    dist.destroy_process_group()
-
-
-def median(call, rounds: int = 9) -> float:
-    times = []
-    for _ in range(rounds):
-        dist.barrier()
-        began = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - began)
-    return sorted(times[3:])[len(times[3:]) // 2]
-
-
-def started(world: int, images: int) -> dict:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with mp.Manager() as manager:
-        found = manager.dict()
-        mp.spawn(measure, (world, port, images, found), nprocs=world)
-        return dict(found)
-
-
-def checked(images: int) -> dict:
-    """Two processes as predicted from one, and as they are; gloo works on the same core: nothing overlaps."""
-    one, two = started(1, images), started(2, images)
-    predicted = one["step"] + two["reduce"]
-    return {
-        "images_each": images,
-        "one_process_ms": 1000 * one["step"],
-        "all_reduce_ms": 1000 * two["reduce"],
-        "predicted_ms": 1000 * predicted,
-        "two_processes_ms": 1000 * two["step"],
-        "error": predicted / two["step"] - 1,
-    }
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse(arguments(__doc__), argv)
     report(args, "scaling", [row for job in jobs() for row in rows_of(job)], ["rates and bandwidths are assumed"])
-    report(args, "scaling-check", [checked(images) for images in (2, 16)])
 
 
 if __name__ == "__main__":
