@@ -82,9 +82,10 @@ def options(
 def with_random_weights(module: nn.Module) -> nn.Module:
     """A network of the meta device, on the CPU; small weights, so that nothing overflows in half precision."""
     module.to_empty(device="cpu")
-    for tensor in itertools.chain(module.parameters(), module.buffers()):
-        if tensor.is_floating_point():
-            nn.init.normal_(tensor, std=0.02) if tensor.dim() > 1 else nn.init.ones_(tensor)
+    for tensor in module.parameters():
+        nn.init.normal_(tensor, std=0.02) if tensor.dim() > 1 else nn.init.ones_(tensor)
+    for tensor in module.buffers():
+        tensor.fill_(1)  # means and deviations of pixels among them
     return module
 
 

@@ -1,16 +1,16 @@
 """Joint training with random weights and random images: networks of any size without a file."""
 
 import gc
-import itertools
 import math
 import time
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import train_repae
 from benchmarks.common import synchronize
+from benchmarks.train_step import with_random_weights
 from configs.arguments import repae_parser
 from loss.config import read_loss_config
 from loss.perceptual import lpips_by_shape
@@ -35,15 +35,6 @@ class RandomImages:
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         indices = torch.tensor(indices)
         return self.images[indices % len(self.images)], indices % 1000
-
-
-def with_random_weights(module: nn.Module) -> nn.Module:
-    """A network of the meta device, on the CPU; small weights, so that nothing overflows in half precision."""
-    module.to_empty(device="cpu")
-    for tensor in itertools.chain(module.parameters(), module.buffers()):
-        if tensor.is_floating_point():
-            nn.init.normal_(tensor, std=0.02) if tensor.dim() > 1 else nn.init.ones_(tensor)
-    return module
 
 
 def prepare(args, run: Run) -> tuple[train_repae.Networks, object]:
