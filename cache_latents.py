@@ -10,7 +10,7 @@ number of processes. Everything is float32 without TF32: the cache is computed o
 from configs.arguments import cache_parser
 from utils.inputs import require_inputs
 
-if __name__ == "__main__":  # --help, a mistyped flag and missing data are answered before the heavy imports
+if __name__ == "__main__":  # --help, a mistyped flag and missing files are answered before the heavy imports
     cache_parser().answer_before_imports(check=require_inputs)
 
 import logging

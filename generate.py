@@ -9,9 +9,10 @@ killed job, started again with the same flags, draws only what is missing.
 """
 
 from configs.arguments import generate_arguments, generate_parser
+from utils.checkpoint_files import require_trained
 
-if __name__ == "__main__":  # --help and a mistyped flag answer before the heavy imports
-    generate_parser().answer_before_imports(generate_arguments)
+if __name__ == "__main__":  # --help, a mistyped flag and a missing run are answered before the heavy imports
+    generate_parser().answer_before_imports(generate_arguments, check=require_trained)
 
 import argparse
 import logging

@@ -6,9 +6,10 @@ writes exps/e2e-vae/e2e-vae.pt, e2e-vae-latents-stats.pt, e2e-vae-discriminator-
 """
 
 from configs.arguments import save_vae_parser
+from utils.checkpoint_files import require_repae_checkpoint
 
-if __name__ == "__main__":  # --help and a mistyped flag answer before the heavy imports
-    save_vae_parser().answer_before_imports()
+if __name__ == "__main__":  # --help, a mistyped flag and a missing checkpoint are answered before the heavy imports
+    save_vae_parser().answer_before_imports(check=require_repae_checkpoint)
 
 from pathlib import Path
 
@@ -39,10 +40,8 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--vae-name: {args.vae_name!r} was given; a name without folders is needed (see --save-dir)")
     if not args.overwrite:
         require_new_vae_files(args.save_dir, args.vae_name)
+    require_repae_checkpoint(args)
     with about("--repae-ckpt"):
-        if not path.is_file():
-            public = "`hf download REPA-E/sit-repae-vavae` a public one"
-            raise InputError(f"{path} does not exist; a run of train_repae.py has checkpoints/<step>.pt, and {public}")
         checkpoint = read_checkpoint(path, need=())
         jointly = "vae" not in checkpoint or "model" in checkpoint or "ema" in checkpoint  # else of train_vae.py
         require_entries(checkpoint, path, ("model", "ema") if jointly else ("vae",))

@@ -6,10 +6,10 @@
 """
 
 from configs.arguments import ldm_only_parser
-from utils.inputs import require_inputs
+from training.start import require_start
 
-if __name__ == "__main__":  # --help, a mistyped flag and missing data are answered before the heavy imports
-    ldm_only_parser().answer_before_imports(check=require_inputs)
+if __name__ == "__main__":  # --help, a mistyped flag and missing files are answered before the heavy imports
+    ldm_only_parser().answer_before_imports(check=require_start)
 
 import copy
 from collections.abc import Iterator

@@ -8,10 +8,10 @@ velocity of the latents, detached, and the alignment; SiT's EMA follows.
 """
 
 from configs.arguments import repae_parser
-from utils.inputs import require_inputs
+from training.start import require_start
 
-if __name__ == "__main__":  # --help, a mistyped flag and missing data are answered before the heavy imports
-    repae_parser().answer_before_imports(check=require_inputs)
+if __name__ == "__main__":  # --help, a mistyped flag and missing files are answered before the heavy imports
+    repae_parser().answer_before_imports(check=require_start)
 
 import copy
 from collections.abc import Iterator

@@ -9,10 +9,10 @@ the other scripts.
 """
 
 from configs.arguments import vae_parser
-from utils.inputs import require_inputs
+from training.start import require_start
 
-if __name__ == "__main__":  # --help, a mistyped flag and missing data are answered before the heavy imports
-    vae_parser().answer_before_imports(check=require_inputs)
+if __name__ == "__main__":  # --help, a mistyped flag and missing files are answered before the heavy imports
+    vae_parser().answer_before_imports(check=require_start)
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field

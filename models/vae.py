@@ -17,7 +17,8 @@ from models.vae_architecture import (
     vae_config,
     vae_models,
 )
-from models.vae_folder import cached_folder, folder_by_shape, hub_folder, is_hub_name, load_folder
+from models.vae_folder import cached_folder, folder_by_shape, hub_folder, load_folder
+from models.vae_names import is_hub_name, require_vae
 from models.vae_state import (
     Say,
     choose_config,
@@ -56,7 +57,7 @@ def load_vae(
             checkpoint, the configuration beside the file, or the public shape that the tensors fit exactly.
         path: `.pt`, `.pth`, `.ckpt` or `.safetensors`, with LDM or diffusers keys (`models.vae_state.find_state` says
             where in it), a training checkpoint among them; a diffusers folder (of the VAE, or of a pipeline with one);
-            with "auto" also such a folder's hub name (`models.vae_folder.is_hub_name`).
+            with "auto" also such a folder's hub name (`models.vae_names.is_hub_name`).
         flags: what the messages call the two arguments.
         say: takes a line about each thing that is chosen or left out; by default it is logged, on rank 0.
 
@@ -77,18 +78,12 @@ def load_vae(
 
 
 def _load(path: Path, arch: str, wanted: str, flags: tuple[str, str], say: Say) -> AutoencoderKL:
+    require_vae(path, arch, flags)
     if path.is_dir():
         return load_folder(path, arch, wanted, say)
     if path.is_file():
         return _load_file(path, arch, wanted, say)
-    if str(path).lower() == "none":
-        only = "train_repae.py alone starts from fresh weights so, and train_vae.py without this flag"
-        raise InputError(f"{path} was given; the weights of a VAE are needed ({only})")
-    if arch == "auto" and is_hub_name(str(path)):
-        return load_folder(hub_folder(str(path), say), arch, wanted, say)
-    public = "`hf download REPA-E/sdvae` (f8d4), REPA-E/e2e-vavae (f16d32)"
-    auto = f"{flags[0]} auto {flags[1]} stabilityai/sd-vae-ft-mse"
-    raise InputError(f"{path} does not exist; public ones: {public}, or {auto}; see 'VAE' in README.md")
+    return load_folder(hub_folder(str(path), say), arch, wanted, say)
 
 
 def vae_by_shape(

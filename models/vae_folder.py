@@ -11,13 +11,13 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 
 from models.vae_architecture import kinds_by_name, require_same_network, vae_models
+from models.vae_names import hub_parts
 from models.vae_state import PARTS, WEIGHTS, Say, check_fit, read_contents
 from utils.errors import InputError
 from utils.network import reachable
 from utils.torch_files import is_stored_zip
 
 _SUFFIXES = (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")  # in the order of preference
-_HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:[:/]([\w.-]+))?")
 _PROBE_SECONDS = 5.0  # of the hub; with the first answer's eight no more than 15 in all
 _ANSWER_SECONDS = 8.0
 
@@ -132,19 +132,13 @@ def _require_floats(file: Path) -> None:
 # The hub
 
 
-def is_hub_name(name: str) -> bool:
-    """ORG/NAME, ORG/NAME/FOLDER or ORG/NAME:FOLDER, where no local folder of that beginning exists; no file's name."""
-    a_file = name.endswith((".pt", ".pth", ".ckpt", ".bin", ".safetensors"))
-    return _HUB_NAME.fullmatch(name) is not None and not a_file and not Path(name.split("/")[0]).exists()
-
-
 def hub_folder(name: str, say: Say) -> Path:
     """The folder of a VAE on the hub as it lies in the hub's cache; what is missing is downloaded.
 
     A filled cache is used as it is, without a look at the hub; its revision is said.
 
     Args:
-        name: `is_hub_name`; without a folder, the repository itself or else its vae/.
+        name: `models.vae_names.is_hub_name`; without a folder, the repository itself or else its vae/.
 
     Raises:
         InputError: not in the cache, and the hub is not reached, or has no such VAE, or does not give it out.
@@ -162,7 +156,7 @@ def cached_folder(name: str) -> Path | None:
 
 def _places(name: str) -> tuple[str, tuple[str, ...]]:
     """The repository of a VAE, and the folders in it where the VAE may be."""
-    repository, subfolder = _HUB_NAME.fullmatch(name).groups()
+    repository, subfolder = hub_parts(name)
     return repository, (f"{subfolder}/",) if subfolder else ("", "vae/")
 
 

@@ -14,9 +14,10 @@ from models.sit import SIT_SIZES, SiT
 from models.sit_files import config_of_state_dict, find_sit_state, latent_stats_of
 from models.vae import downsampling, latent_channels, latent_statistics, load_vae, vae_models
 from models.vae_files import vae_of_checkpoint
-from models.vae_folder import is_hub_name
-from utils.checkpoint import find_checkpoint, latest_step, read_checkpoint
-from utils.errors import InputError, about
+from models.vae_names import is_hub_name
+from utils.checkpoint import read_checkpoint
+from utils.checkpoint_files import trained_checkpoint
+from utils.errors import InputError
 from utils.modules import load_strictly
 
 BN_VARIANCE = "bn.running_var"
@@ -77,7 +78,7 @@ def load_trained(
     Raises:
         InputError: no such run or checkpoint, or one whose parts do not fit each other.
     """
-    path = _checkpoint_of(exp_path, train_steps)
+    path = trained_checkpoint(exp_path, train_steps)
     contents = read_checkpoint(path, need=())
     args = _stored_args(_run_folder(path)) | contents.pop("args")
     state, notes = find_sit_state(contents, path, ema=ema)
@@ -109,26 +110,6 @@ def load_trained(
         latent_stats=latent_stats,
         notes=notes + more,
     )
-
-
-def _checkpoint_of(exp_path: str | Path, train_steps: str | None) -> Path:
-    run_dir = Path(exp_path)
-    if run_dir.is_file():  # a checkpoint by itself, such as those of REPA and SiT
-        if train_steps is not None:
-            raise InputError(f"--train-steps: {train_steps} was given; --exp-path {run_dir} is a checkpoint itself")
-        return run_dir
-    if not run_dir.is_dir():
-        raise InputError(
-            f"--exp-path: {run_dir} is no folder; a run's folder, with checkpoints/, is needed (public: "
-            "`hf download REPA-E/sit-repae-vavae`)"
-        )
-    if train_steps is not None and not train_steps.isdecimal():
-        raise InputError(f"--train-steps: {train_steps!r} was given; a number of steps is needed")
-    step = int(train_steps) if train_steps is not None else latest_step(run_dir)
-    if step is None:
-        raise InputError(f"--exp-path: {run_dir} holds no checkpoint (checkpoints/<step>.pt)")
-    with about("--train-steps"):
-        return find_checkpoint(run_dir, step)
 
 
 def _run_folder(checkpoint: Path) -> Path | None:

@@ -56,12 +56,7 @@ class PlannedRun:
         self.device, self.notes, self.scales_loss = torch.device("cpu"), [], False
         if args.batch_size % self.processes:
             raise InputError(f"--batch-size: {args.batch_size} images do not divide by {self.processes} processes")
-        folder = Path(args.output_dir) / args.exp_name
-        self.start_step, self.resume_from = run_folder.resume_point(args, folder)
-        source = self.resume_from and self.resume_from.parent.parent
-        self.goes_on = source is not None and source.resolve() == folder.resolve()
-        if not self.goes_on:
-            run_folder.require_free(args, folder)
+        self.start_step, self.resume_from, self.goes_on = run_folder.starting_point(args)
 
         self.data, self.latent_bytes = self._data(), 0
         in_epoch = max(batches_per_epoch(self.num_images, args.batch_size) // args.gradient_accumulation_steps, 1)

@@ -8,7 +8,6 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,7 +25,8 @@ from training.optimizer import Optimizer
 from training.trackers import open_trackers
 from training.window import Window
 from utils.cards import card_peak
-from utils.checkpoint import checkpoint_path, latest_step, read_checkpoint, write_checkpoint
+from utils.checkpoint import read_checkpoint, write_checkpoint
+from utils.checkpoint_files import checkpoint_path, latest_step
 from utils.distributed import from_main, launcher_notes, main_first, start_processes, together
 from utils.errors import InputError, when_interrupted
 from utils.files import require_disk
@@ -59,18 +59,14 @@ class Run:
         self.accelerator = start_processes()
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.is_main, self.device = self.accelerator.is_main_process, self.accelerator.device
-        self.folder = Path(args.output_dir) / args.exp_name
+        self.folder = run_folder.run_folder(args)
         self.trackers, self._handlers = [], []
         self._window = Window(self.device)
         self._set_numerics()
         with main_first():
             if args.batch_size % self.world_size:
                 raise InputError(f"--batch-size: {args.batch_size} images do not divide by {self.world_size} processes")
-            self.start_step, self.resume_from = run_folder.resume_point(args, self.folder)
-            source = self.resume_from and self.resume_from.parent.parent
-            self.goes_on = source is not None and source.resolve() == self.folder.resolve()
-            if not self.goes_on:
-                run_folder.require_free(args, self.folder)
+            self.start_step, self.resume_from, self.goes_on = run_folder.starting_point(args)
         mine, first = (self.start_step, self.goes_on), from_main((self.start_step, self.goes_on))
         with together():  # each has looked for itself
             if mine != first:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from configs.parsing import flag_of
 from training.trackers import WANDB_RUN
-from utils.checkpoint import find_checkpoint, latest_step
+from utils.checkpoint_files import find_checkpoint, latest_step
 from utils.errors import InputError, about
 from utils.files import require_writable, write_json
 
@@ -22,12 +22,26 @@ FREE_TO_CHANGE = ("resume", "resume_step", "continue_train_exp_dir", "overwrite"
 FORMER_DEFAULTS = {"epochs": 1400}
 
 
-def resume_point(args: argparse.Namespace, folder: Path) -> tuple[int, Path | None]:
-    """The step that the run starts from, and its checkpoint; (0, None) for a fresh run.
+def run_folder(args: argparse.Namespace) -> Path:
+    return Path(args.output_dir) / args.exp_name
+
+
+def starting_point(args: argparse.Namespace) -> tuple[int, Path | None, bool]:
+    """The step that the run starts from, its checkpoint, and whether that lies in the run's own folder; (0, None,
+    False) for a fresh run.
 
     Raises:
-        InputError: the flags contradict each other, or name a checkpoint that does not exist.
+        InputError: the flags contradict each other, name a checkpoint that does not exist, or a folder that is taken.
     """
+    folder = run_folder(args)
+    step, checkpoint = _resume_point(args, folder)
+    goes_on = checkpoint is not None and checkpoint.parent.parent.resolve() == folder.resolve()
+    if not goes_on:
+        _require_free(args, folder)
+    return step, checkpoint, goes_on
+
+
+def _resume_point(args: argparse.Namespace, folder: Path) -> tuple[int, Path | None]:
     if args.resume is not None and args.resume_step:
         raise InputError("--resume and --resume-step were both given; one is needed")
     if args.resume is not None and args.resume != "latest" and not args.resume.isdigit():
@@ -42,12 +56,8 @@ def resume_point(args: argparse.Namespace, folder: Path) -> tuple[int, Path | No
         return int(step), find_checkpoint(source, step)
 
 
-def require_free(args: argparse.Namespace, folder: Path) -> None:
-    """Refuse a folder that a fresh run may not take.
-
-    Raises:
-        InputError: it holds something, and neither `--overwrite` nor `--resume latest` says that it may.
-    """
+def _require_free(args: argparse.Namespace, folder: Path) -> None:
+    """Refuse a folder that holds something, where neither `--overwrite` nor `--resume latest` says that it may."""
     restarting = args.resume == "latest"  # an earlier job may have died before its first checkpoint
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--exp-name: {folder} is a file")

@@ -67,27 +67,3 @@ def write_checkpoint(path: str | Path, contents: dict) -> None:
             if "inline_container" not in str(error):
                 raise
             raise OSError(errno.ENOSPC, "not written: no space left, or the disk failed", str(path)) from None
-
-
-def checkpoint_path(run_dir: str | Path, step: int | str) -> Path:
-    """`<run_dir>/checkpoints/<step, 7 digits>.pt`, as the public code has it."""
-    return Path(run_dir) / "checkpoints" / f"{int(step):07d}.pt"
-
-
-def find_checkpoint(run_dir: str | Path, step: int | str) -> Path:
-    """The checkpoint of a step in a run's folder.
-
-    Raises:
-        InputError: there is none; the message names those that are there, and the flag is the caller's to say.
-    """
-    path = checkpoint_path(run_dir, step)
-    if not path.is_file():
-        there = ", ".join(sorted(file.stem for file in path.parent.glob("*.pt"))) or "none"
-        raise InputError(f"{path} does not exist; checkpoints there: {there}")
-    return path
-
-
-def latest_step(run_dir: str | Path) -> int | None:
-    """The highest step with a checkpoint in a run's folder."""
-    steps = [int(file.stem) for file in (Path(run_dir) / "checkpoints").glob("*.pt") if file.stem.isdigit()]
-    return max(steps, default=None)

@@ -141,15 +141,18 @@ def test_a_real_process_leaves_without_a_traceback(place, tmp_path):
 
 
 @pytest.mark.parametrize("script", PARSERS)
-def test_the_imports_too_end_in_one_line(script, place, tmp_path):
+def test_the_imports_too_end_in_one_line(script, place, exps, tmp_path):
     """Seconds in which a mistake is noticed: Ctrl-C comes with the first import of numpy or torch."""
     for module in ("numpy", "torch"):
         (tmp_path / f"{module}.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
-    required = {"generate.py": "exp_path", "save_vae_weights.py": "repae_ckpt", "preprocessing.py": "imagenet_path"}
-    words = small.argv(**{required.get(script, "exp_name" if script.startswith("train") else "output_dir"): "x"})
-    if script.startswith("train") or script == "cache_latents.py":  # whose data folder is looked at before the imports
-        words += small.argv(data_dir=place.data)
-    words = [] if script == "evaluate.py" else words
+    name = script.removesuffix(".py")
+    words = {  # what is looked at before the imports is there
+        "cache_latents": small.argv(data_dir=place.data),
+        "generate": small.argv(exp_path=exps / "repae"),
+        "save_vae_weights": small.argv(repae_ckpt=exps / "repae" / "checkpoints" / "0000007.pt"),
+        "preprocessing": small.argv(imagenet_path="x"),
+        "evaluate": [],
+    }.get(name) or small.OPTIONS.get(name, lambda *_: [])(place, tmp_path, "run")
     environment = small.environment(PYTHONPATH=f"{tmp_path}:{small.ROOT}")
     done = small.run_python(script, *words, env=environment)
     assert (done.returncode, done.stderr) == (130, f"{script}: stopped: interrupted\n")
