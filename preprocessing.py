@@ -16,7 +16,6 @@ import contextlib
 import io
 import json
 import logging
-import signal
 import sys
 import time
 from pathlib import Path
@@ -94,5 +93,4 @@ def orphaned_latents(output: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's "stop" tidies up as Ctrl-C does
     main()

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from utils.errors import InputError
 from utils.files import require_disk, require_writable, sync, write_at, write_json
+from utils.locks import JobLock
 from utils.npz import write_npz
 
 FLAG = "--sample-dir"
@@ -37,7 +37,7 @@ class SampleStore:
         self.images_file, self.done_file, self.job_file = self.partial_files = [
             target.with_name(f"{target.stem}.partial.{kind}") for kind in ("npy", "done", "json")
         ]
-        self._lock = FileLock(target.with_name(f"{target.stem}.partial.lock"), timeout=0)
+        self._lock = JobLock(target.with_name(f"{target.stem}.partial.lock"))
 
     def check(self, job: dict, *, overwrite: bool = False, others: Sequence[Path] = (), extra_bytes: int = 0) -> None:
         """Find out whether the job may start or go on; nothing is written.
@@ -83,11 +83,7 @@ class SampleStore:
         Raises:
             InputError: as `check`; or another job is at work under this name.
         """
-        self.target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self._lock.acquire()
-        except Timeout:
-            raise InputError(f"{FLAG}: another job is at work on {self.target}") from None
+        self._lock.acquire(f"{FLAG}: another job is at work on {self.target}")
         self.check(job, **check)
         for unfinished in self.target.parent.glob(f"{glob.escape(self.target.name)}.tmp-*"):  # killed in `finish`
             unfinished.unlink()
@@ -142,9 +138,7 @@ class SampleStore:
 
     def release(self) -> None:
         """Let other jobs take this name; on the process that called `create`, and without effect on others."""
-        if self._lock.is_locked:
-            Path(self._lock.lock_file).unlink(missing_ok=True)
-            self._lock.release()
+        self._lock.release()
 
     def _holds_work(self) -> bool:
         """Whether some batch is finished; a job that died before its first one is nobody's loss."""

@@ -1,4 +1,4 @@
-"""How a job ends before its end, by a user's mistake, a full disk or Ctrl-C: one line on stderr, no traceback."""
+"""How a job ends before its end, by a user's mistake, a full disk or a signal: one line on stderr, no traceback."""
 
 import contextlib
 import errno
@@ -11,11 +11,23 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-_MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
+_MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
+
+# What asks a job to end: a user's Ctrl-C, and a scheduler that takes the machine away or warns that it will.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+REQUEUE = 75  # exit code, sysexits' EX_TEMPFAIL: the job was taken away, and the same command goes on
 
 
 class InputError(ValueError):
     """Something the user gave cannot be used. The message says what was given and what is needed, in one line."""
+
+
+class Interrupt(KeyboardInterrupt):
+    """The job ends because it was asked to. The message says what is lost, what stays, and how the job goes on."""
+
+    def __init__(self, message: str, exit_code: int = REQUEUE):
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 @contextlib.contextmanager
@@ -43,27 +55,29 @@ def command(main):
     """Wrap a script's `main(argv)`: an `InputError` becomes one line on stderr and exit code 2.
 
     What stops a job on its way is a line and exit code 1: a divergence, a full disk, a file that cannot be opened or
-    written, too little GPU memory. Ctrl-C is a line and exit code 130. Under a launcher every process leaves with the
-    same code, and rank 0 alone speaks where all fail alike; an error that only another rank meets is printed with its
-    rank.
+    written, too little GPU memory. Ctrl-C is a line and exit code 130; SIGTERM and SIGUSR1 are a line and `REQUEUE`.
+    Under a launcher every process leaves with the same code, and rank 0 alone speaks where all fail alike; an error
+    that only another rank meets is printed with its rank.
     """
 
     @functools.wraps(main)
     def wrapped(argv=None):
-        before = signal.getsignal(signal.SIGINT)
+        before = {number: signal.getsignal(number) for number in SIGNALS}
         try:
             with when_interrupted(lambda: "interrupted"):
                 return _ended_in_one_line(main, argv)
         except KeyboardInterrupt as interrupt:  # also one that came while an error, of a lost process, was handled
-            if _reached_by_signals(before):
-                signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends a second one; one line is enough
+            for number in filter(_reaches_us, SIGNALS):
+                signal.signal(number, signal.SIG_IGN)  # torchrun sends a second one; one line is enough
             traceback.clear_frames(interrupt.__traceback__)  # progress bars end their lines
             if int(os.environ.get("RANK", 0)) == 0:
                 _say(f"stopped: {interrupt}")
-            sys.exit(130)
+            sys.exit(getattr(interrupt, "exit_code", 130))
         finally:
-            if _reached_by_signals(before):
-                signal.signal(signal.SIGINT, before)
+            if threading.current_thread() is threading.main_thread():
+                for number, handler in before.items():
+                    if handler is not None:  # None: one that is not Python's, which was left alone
+                        signal.signal(number, handler)
 
     return wrapped
 
@@ -87,27 +101,43 @@ def _ended_in_one_line(main, argv):
 
 @contextlib.contextmanager
 def when_interrupted(message: Callable[[], str]) -> Iterator[None]:
-    """Within it Ctrl-C ends the job with this line: what is lost, what stays, how the job goes on."""
+    """Within it Ctrl-C, SIGTERM and SIGUSR1 end the job with this line: what is lost, what stays, how it goes on."""
 
-    def interrupt(*_):
-        raise KeyboardInterrupt(message())
+    def interrupt(number, _):
+        raise Interrupt(message(), 130 if number == signal.SIGINT else REQUEUE)
 
-    before = signal.getsignal(signal.SIGINT)
-    if _reached_by_signals(before):
-        signal.signal(signal.SIGINT, interrupt)
+    with on_signals(interrupt):
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            error.args = error.args or (message(),)  # one that something else has raised
+            raise
+
+
+@contextlib.contextmanager
+def on_signals(handler: Callable) -> Iterator[None]:
+    """Within it `handler(number, frame)` is called for the `SIGNALS`; those that the job does not hear stay unheard."""
+    before = {number: signal.getsignal(number) for number in filter(_reaches_us, SIGNALS)}
+    for number in before:
+        signal.signal(number, handler)
     try:
         yield
-    except KeyboardInterrupt as error:
-        error.args = error.args or (message(),)  # one that something else has raised
-        raise
     finally:
-        if signal.getsignal(signal.SIGINT) is interrupt:  # not where a generator is closed after its job has ended
-            signal.signal(signal.SIGINT, before)
+        for number, earlier in before.items():
+            if signal.getsignal(number) is handler:  # not where a generator is closed after its job has ended
+                signal.signal(number, earlier)
 
 
-def _reached_by_signals(handler) -> bool:
-    """Not a thread, and not a job that its shell put out of Ctrl-C's reach: that stays so."""
-    return handler not in (signal.SIG_IGN, None) and threading.current_thread() is threading.main_thread()
+def leave_signals_to_the_parent(*_) -> None:
+    """For a helper process, which its parent ends: Ctrl-C and many schedulers signal all processes of a job at once."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _reaches_us(number: int) -> bool:
+    """Not in a thread, and not a signal out of whose reach the job was put, as shells do with Ctrl-C: so it stays."""
+    unheard = (signal.SIG_IGN, None)
+    return threading.current_thread() is threading.main_thread() and signal.getsignal(number) not in unheard
 
 
 def _say(message: str) -> None:
