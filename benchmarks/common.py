@@ -10,11 +10,9 @@ import json
 import os
 import platform
 import re
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -22,11 +20,11 @@ import torch
 from utils.cards import peak_flops
 from utils.files import write_json
 from utils.memory import forget_peak, peak_gib
+from utils.provenance import commit, versions
 
 __all__ = ["forget_peak", "peak_gib"]  # read from here by the benchmarks
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "torchvision", "timm", "diffusers", "accelerate", "numpy")
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -121,17 +119,15 @@ def card_name(device: torch.device) -> str:
 
 def machine(args: argparse.Namespace) -> dict:
     """What the numbers were measured with and on."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True)
     return {
         "card": card_name(args.device),
         "data_sheet_flops": peak_flops(card_name(args.device), half=True, tf32=True),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],
-        "commit": commit.stdout.strip() or None,
-        "python": platform.python_version(),
+        "commit": commit(),
         "cuda": torch.version.cuda if args.device.type == "cuda" else None,
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": versions(),
         "date": time.strftime("%Y-%m-%d"),
     }
 
