@@ -1,23 +1,29 @@
 """A run's folder: whether it may be taken, which checkpoint in it is resumed, and what is made in it."""
 
 import argparse
+import itertools
 import json
 import logging
 import shutil
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from configs.parsing import flag_of
 from training.trackers import WANDB_RUN
-from utils.checkpoint_files import find_checkpoint, latest_step
+from utils.checkpoint_files import checkpoint_path, checkpoint_steps, find_checkpoint, find_damage
 from utils.errors import InputError, about
 from utils.files import require_writable, write_json
 
 METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
+LOCK = "run.lock"  # held by the job that trains
 # What a run puts into its folder; `--overwrite` removes these, the tracker's folder and nothing else.
 RUN_FILES = ("args.json", "checkpoints", "samples", METRICS, EVALUATIONS, "log.txt", "latents-stats.pt", WANDB_RUN)
 # How a run goes on may differ from how it began; and what is no flag.
-FREE_TO_CHANGE = ("resume", "resume_step", "continue_train_exp_dir", "overwrite", "seen_classes")
+FREE_TO_CHANGE = (
+    *("resume", "resume_step", "continue_train_exp_dir", "overwrite", "seen_classes"),
+    *("max_hours", "checkpoints_total_limit", "keep_every"),
+)
 # What args.json of older runs says where nothing was given; not given now either, nothing has changed.
 FORMER_DEFAULTS = {"epochs": 1400}
 
@@ -26,34 +32,65 @@ def run_folder(args: argparse.Namespace) -> Path:
     return Path(args.output_dir) / args.exp_name
 
 
-def starting_point(args: argparse.Namespace) -> tuple[int, Path | None, bool]:
-    """The step that the run starts from, its checkpoint, and whether that lies in the run's own folder; (0, None,
-    False) for a fresh run.
+class Start(NamedTuple):
+    """Where a run starts from; the defaults are those of a fresh run."""
+
+    step: int = 0
+    checkpoint: Path | None = None
+    goes_on: bool = False  # whether the checkpoint lies in the run's own folder
+    notes: tuple[str, ...] = ()
+
+
+def starting_point(args: argparse.Namespace, *, whole: bool = False) -> Start:
+    """Where a run starts from, by its flags and by what is there; nothing is written.
+
+    Args:
+        whole: read every byte of the checkpoint (a second per GB or so). `latest` is then the newest that is as it was
+            written, and the notes name those that are not.
 
     Raises:
-        InputError: the flags contradict each other, name a checkpoint that does not exist, or a folder that is taken.
+        InputError: the flags contradict each other, or name a checkpoint that does not exist or is damaged, or a folder
+            that is taken.
     """
     folder = run_folder(args)
-    step, checkpoint = _resume_point(args, folder)
+    step, checkpoint, notes = _resume_point(args, folder, whole)
     goes_on = checkpoint is not None and checkpoint.parent.parent.resolve() == folder.resolve()
     if not goes_on:
         _require_free(args, folder)
-    return step, checkpoint, goes_on
+    return Start(step, checkpoint, goes_on, tuple(notes))
 
 
-def _resume_point(args: argparse.Namespace, folder: Path) -> tuple[int, Path | None]:
+def _resume_point(args: argparse.Namespace, folder: Path, whole: bool) -> tuple[int, Path | None, list[str]]:
     if args.resume is not None and args.resume_step:
         raise InputError("--resume and --resume-step were both given; one is needed")
-    if args.resume is not None and args.resume != "latest" and not args.resume.isdigit():
+    if args.resume is not None and args.resume != "latest" and not args.resume.isdecimal():
         raise InputError(f"--resume: {args.resume!r} was given; 'latest' or a step is needed")
     source = Path(args.continue_train_exp_dir or folder)
-    step = args.resume_step or args.resume
-    if step == "latest":
-        step = latest_step(source)  # None: a cluster job may always be started with --resume latest
-    if not step:
-        return 0, None
     with about("--resume"):
-        return int(step), find_checkpoint(source, step)
+        if args.resume == "latest":
+            # A job that is started again goes on in its own folder, whichever it began from.
+            return _newest(folder if checkpoint_steps(folder) else source, whole)
+        step = int(args.resume or 0) or args.resume_step
+        if not step:
+            return 0, None, []
+        path = find_checkpoint(source, step)
+        if whole and (damage := find_damage(path)):
+            raise InputError(f"{path} is damaged: {damage}")
+        return step, path, []
+
+
+def _newest(source: Path, whole: bool) -> tuple[int, Path | None, list[str]]:
+    """The newest checkpoint of a run's folder; none where there is none yet: a cluster's job may always ask for it."""
+    notes = []
+    for step in reversed(checkpoint_steps(source)):
+        path = checkpoint_path(source, step)
+        damage = find_damage(path) if whole else None
+        if damage is None:
+            return step, path, notes
+        notes.append(f"{path} is damaged ({damage}); the one before it is taken")
+    if notes:
+        raise InputError(f"every checkpoint in {source / 'checkpoints'} is damaged; move them away to start afresh")
+    return 0, None, []
 
 
 def _require_free(args: argparse.Namespace, folder: Path) -> None:
@@ -62,7 +99,9 @@ def _require_free(args: argparse.Namespace, folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--exp-name: {folder} is a file")
     require_writable(folder / "args.json", "--output-dir")
-    if not folder.exists() or not any(folder.iterdir()) or (restarting and (folder / "args.json").is_file()):
+    if not folder.exists() or {path.name for path in folder.iterdir()} <= {LOCK}:
+        return
+    if restarting and (folder / "args.json").is_file():
         return
     if not args.overwrite:
         raise InputError(f"--exp-name: {folder} exists already; give another name, --resume latest or --overwrite")
@@ -77,6 +116,21 @@ def clear(folder: Path, logging_dir: str) -> None:
     for path in (*(folder / name for name in RUN_FILES), *([logs] if inside else [])):
         is_folder = path.is_dir() and not path.is_symlink()  # of a link the link alone goes
         shutil.rmtree(path) if is_folder else path.unlink(missing_ok=True)
+
+
+def set_aside_after(folder: Path, step: int) -> list[str]:
+    """Rename the checkpoints after the one that a run goes on from, so that no later job takes them for its own.
+
+    They are of another course of the run, whose rows are forgotten too, or damaged. Returns notes.
+    """
+    notes = []
+    for later in [later for later in checkpoint_steps(folder) if later > step]:
+        path = checkpoint_path(folder, later)
+        names = (path.with_name(f"{path.name}.set-aside{number or ''}") for number in itertools.count())
+        aside = next(name for name in names if not name.exists())
+        path.rename(aside)
+        notes.append(f"{path} is later than step {step}, from which the run goes on: it is now {aside.name}")
+    return notes
 
 
 def make(folder: Path, args: argparse.Namespace, start_step: int) -> None:
@@ -120,10 +174,18 @@ def open_log(folder: Path) -> list[logging.Handler]:
     """Messages go to `log.txt` and to stderr; returns the handlers, for whoever ends the run."""
     root = logging.getLogger()
     root.setLevel(logging.INFO)
-    handlers = [logging.FileHandler(folder / "log.txt"), logging.StreamHandler(sys.stderr)]
+    handlers = [_LogFile(folder / "log.txt"), logging.StreamHandler(sys.stderr)]
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         root.addHandler(handler)
     for noisy in ("httpx", "filelock", "PIL", "wandb"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     return handlers
+
+
+class _LogFile(logging.FileHandler):
+    """A log that a full disk does not disturb: the line is on stderr too."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)

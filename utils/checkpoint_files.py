@@ -1,6 +1,7 @@
 """Where a run's checkpoints lie, and which there are: their names alone, so that a look needs no torch."""
 
 import argparse
+import zipfile
 from pathlib import Path
 
 from utils.errors import InputError, about
@@ -32,6 +33,23 @@ def find_checkpoint(run_dir: str | Path, step: int | str) -> Path:
         there = ", ".join(sorted(file.stem for file in path.parent.glob("*.pt"))) or "none"
         raise InputError(f"{path} does not exist; checkpoints there: {there}")
     return path
+
+
+def find_damage(path: str | Path) -> str | None:
+    """What is wrong with the bytes of a file of torch.save; None: they are as they were written.
+
+    All of them are read: torch maps the file, and would train on flipped bits without a word.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            magic = file.read(4)
+        if magic[:1] == b"\x80":  # of torch before 1.6, whose files have no checksums
+            return None
+        with zipfile.ZipFile(path) as archive:
+            member = archive.testzip()
+    except (OSError, zipfile.BadZipFile, EOFError, ValueError) as error:
+        return "not whole" if isinstance(error, zipfile.BadZipFile) else f"{type(error).__name__}: {error}"
+    return member and f"the checksum of {member} is wrong"
 
 
 def trained_checkpoint(exp_path: str | Path, train_steps: str | None) -> Path:

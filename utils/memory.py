@@ -1,7 +1,8 @@
-"""The memory of a process: its peak, and what the garbage collector looks at."""
+"""The memory of a process: its peak, what is left for it, and what the garbage collector looks at."""
 
 import contextlib
 import gc
+import math
 import re
 import resource
 import sys
@@ -28,6 +29,18 @@ def forget_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
     elif Path("/proc/self/clear_refs").exists():
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def free_bytes() -> float:
+    """Of the machine's memory, for this process: what Linux calls available, within its control group's limit."""
+    meminfo = Path("/proc/meminfo")
+    free = math.inf
+    if meminfo.exists():
+        free = int(re.search(r"MemAvailable:\s+(\d+)", meminfo.read_text())[1]) * 1024
+    limit, used = (Path("/sys/fs/cgroup", f"memory.{name}") for name in ("max", "current"))
+    if limit.exists() and (most := limit.read_text().strip()).isdecimal():
+        free = min(free, int(most) - int(used.read_text()))
+    return free
 
 
 @contextlib.contextmanager

@@ -1,0 +1,86 @@
+"""Checkpoints written behind the training: copied while it waits, brought to the disk while it goes on."""
+
+import logging
+import threading
+from pathlib import Path
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+
+from utils.background import HostCopy
+from utils.checkpoint import write_checkpoint
+from utils.checkpoint_files import checkpoint_path, checkpoint_steps
+from utils.memory import free_bytes
+
+logger = logging.getLogger(__name__)
+
+
+class Saver:
+    """Writes a run's checkpoints, never two at once, and removes those that it need not keep; on rank 0.
+
+    A checkpoint that cannot be written is one line of the log: training goes on, and the next one is tried. The
+    networks' values are copied before `save` returns, on a GPU behind the work that is queued there; only where memory
+    has no room for the copy does training wait for the disk.
+
+    Args:
+        folder: the run's.
+        limit: how many checkpoints stay, the newest; None: all.
+        keep_every: those of a multiple of so many steps stay beyond the limit; None: none.
+        resumed_from: the step of the checkpoint that the run goes on from, which stays; None: of a fresh run.
+
+    Attributes:
+        failure: why the newest checkpoint is not on the disk; None: it is.
+    """
+
+    def __init__(self, folder: Path, *, limit: int | None, keep_every: int | None, resumed_from: int | None):
+        self.folder, self.limit, self.keep_every, self.resumed_from = folder, limit, keep_every, resumed_from
+        self.failure: Exception | None = None
+        self._thread: threading.Thread | None = None
+
+    def save(self, step: int, contents: dict) -> None:
+        """Begin to write the checkpoint after so many steps, once the one before is written."""
+        self.wait()
+        tensors = [leaf for leaf in tree_leaves(contents) if isinstance(leaf, torch.Tensor)]
+        size = sum(tensor.nbytes for tensor in tensors)
+        if size > 0.9 * free_bytes():
+            logger.warning("%.3g GB more memory are not there: training waits for the checkpoint's file", size / 1e9)
+            self._write(step, contents)
+            return
+        copies = tree_map(lambda leaf: _copy(leaf) if isinstance(leaf, torch.Tensor) else leaf, contents)
+        # A daemon: a second Ctrl-C leaves without it, and an unfinished file never gets its name.
+        self._thread = threading.Thread(target=self._write, args=(step, copies), daemon=True, name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until what was begun is on the disk, or has failed."""
+        if self._thread is not None:
+            while self._thread.is_alive():
+                self._thread.join(0.1)  # without a limit it would not hear Ctrl-C
+            self._thread = None
+
+    def _write(self, step: int, contents: dict) -> None:
+        path = checkpoint_path(self.folder, step)
+        try:
+            write_checkpoint(path, tree_map(lambda x: x.wait() if isinstance(x, HostCopy) else x, contents))
+        except Exception as error:  # in a thread it would be lost
+            self.failure = error
+            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+            logger.error(
+                "step %d: the checkpoint was not written (%s); training goes on, and tries again", step, reason
+            )
+            return
+        self.failure = None
+        self._remove_old(step)
+
+    def _remove_old(self, newest: int) -> None:
+        """The oldest of the whole ones beyond the limit; later ones are of another course of the run, and not ours."""
+        if self.limit is None:
+            return
+        kept = [step for step in checkpoint_steps(self.folder) if step <= newest]
+        for step in kept[: -self.limit]:
+            if step != self.resumed_from and (self.keep_every is None or step % self.keep_every):
+                checkpoint_path(self.folder, step).unlink(missing_ok=True)
+
+
+def _copy(tensor: torch.Tensor) -> HostCopy | torch.Tensor:
+    return HostCopy(tensor.detach()) if tensor.is_cuda else tensor.detach().clone()
