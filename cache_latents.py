@@ -28,7 +28,7 @@ from models.vae import downsampling, latent_channels, latent_statistics, load_va
 from models.vae_files import vae_sha256
 from utils.background import HostCopy, ahead
 from utils.distributed import launcher_notes, main_first, start_processes
-from utils.errors import InputError, about, command, when_interrupted
+from utils.errors import InputError, about, command, leave_signals_to_the_parent, when_interrupted
 from utils.images import to_signed
 
 FLUSH_SECONDS = 20.0  # what a killed job loses at most
@@ -111,6 +111,7 @@ def encode_blocks(vae, data: ImageData, blocks: list[range], cache: LatentCache,
         batch_sampler=[list(block) for block in blocks],
         collate_fn=as_it_is,
         num_workers=args.num_workers,
+        worker_init_fn=leave_signals_to_the_parent,
         pin_memory=device.type == "cuda",
     )
 

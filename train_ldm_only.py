@@ -110,8 +110,11 @@ def main(argv: list[str] | None = None) -> None:
         if launched_rank() == 0:
             print(planned(args).text())
         return
-    run = Run(args, flops_per_image=flops_for_mfu(planned, args))
+    with Run(args, flops_per_image=flops_for_mfu(planned, args)) as run:
+        train(args, run)
 
+
+def train(args, run: Run) -> None:
     # Read everything, and refuse what cannot work, before anything is written.
     with main_first():
         data = ImageData(args.data_dir, resolution=args.resolution, num_classes=args.num_classes)
@@ -142,7 +145,6 @@ def main(argv: list[str] | None = None) -> None:
     )
     for step in steps:
         run.log(step, train_step(run, nets, optimizer, loader, step, **settings))
-    run.close()
 
 
 def step_settings(args, *, micro_steps: int) -> dict:

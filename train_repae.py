@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import repeat
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -41,7 +40,7 @@ from models.posterior import TrainableVAE, measure_latent_statistics, sample
 from models.sit import SiT, build_sit
 from models.sit_files import find_sit_state, load_sit, start_from
 from models.vae import build_vae, latent_shape, latent_statistics, load_vae, require_trainable, vae_by_shape, vae_config
-from models.vae_files import vae_of_checkpoint
+from models.vae_files import save_latent_stats, vae_of_checkpoint
 from models.vae_keys import ldm_parameters, to_ldm
 from sampling.generation import preview, preview_sampler, reconstruction_pairs
 from sampling.labels import seen_classes
@@ -52,7 +51,6 @@ from training.run import Run
 from utils.counting import shapes_alone
 from utils.distributed import launched_rank, main_first
 from utils.errors import InputError, about, command
-from utils.files import atomic_write
 from utils.images import image_grid, to_signed
 from utils.modules import frozen, load_strictly
 from utils.torch_files import read_torch_file
@@ -168,8 +166,11 @@ def main(argv: list[str] | None = None) -> None:
         if launched_rank() == 0:
             print(planned(args).text())
         return
-    run = Run(args, flops_per_image=flops_for_mfu(planned, args))
+    with Run(args, flops_per_image=flops_for_mfu(planned, args)) as run:
+        train(args, run)
 
+
+def train(args, run: Run) -> None:
     # Read everything, and refuse what cannot work, before anything is written.
     with main_first():
         data = ImageData(args.data_dir, resolution=args.resolution, num_classes=args.num_classes)
@@ -206,7 +207,6 @@ def main(argv: list[str] | None = None) -> None:
     )
     for step in steps:
         run.log(step, train_step(run, nets, optimizers, loader, step, **settings))
-    run.close()
 
 
 def step_settings(args, *, micro_steps: int) -> dict:
@@ -340,11 +340,6 @@ def start_normalizer(run: Run, nets: Networks, data: ImageData) -> bool:
     for sit in (nets.sit, nets.ema):
         sit.set_latent_stats(*nets.latent_stats)
     return measured
-
-
-def save_latent_stats(path: Path, scale: torch.Tensor, bias: torch.Tensor) -> None:
-    with atomic_write(path) as temporary:
-        torch.save({"latents_scale": scale, "latents_bias": bias}, temporary)
 
 
 def build_optimizers(args, run: Run, nets: Networks, checkpoint: dict | None) -> SimpleNamespace:

@@ -102,8 +102,11 @@ def main(argv: list[str] | None = None) -> None:
         if launched_rank() == 0:
             print(planned(args).text())
         return
-    run = Run(args, flops_per_image=flops_for_mfu(planned, args))
+    with Run(args, flops_per_image=flops_for_mfu(planned, args)) as run:
+        train(args, run)
 
+
+def train(args, run: Run) -> None:
     # Read everything, and refuse what cannot work, before anything is written.
     with main_first():
         data = ImageData(args.data_dir, resolution=args.resolution)
@@ -134,7 +137,6 @@ def main(argv: list[str] | None = None) -> None:
     for step in steps:
         run.log(step, train_step(run, nets, optimizers, loader, step, micro_steps=args.gradient_accumulation_steps))
     write_vae(args, run, nets, data)
-    run.close()
 
 
 def planned(args) -> PlannedRun:

@@ -33,6 +33,17 @@ def add_run_flags(parser):
     run.add_argument("--num-preview", type=natural_int, default=64, help="images of a preview grid; 0 for no previews")
     run.add_argument("--checkpointing-steps", type=positive_int, default=50000, help="steps between two checkpoints")
     run.add_argument(
+        "--checkpoints-total-limit", type=positive_int, help="how many checkpoints stay, the newest (default: all)"
+    )
+    run.add_argument(
+        "--keep-every", type=positive_int, help="checkpoints of multiples of so many steps stay beyond that limit"
+    )
+    run.add_argument(
+        "--max-hours",
+        type=positive_float,
+        help="stop after so long with a checkpoint, as SIGTERM does (default: never)",
+    )
+    run.add_argument(
         "--resume",
         metavar="{latest,STEP}",
         help="go on from this checkpoint of the run's own folder; 'latest' starts afresh where there is none yet",

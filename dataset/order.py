@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from utils.errors import InputError
+from utils.errors import InputError, leave_signals_to_the_parent
 
 
 def batches_per_epoch(count: int, batch_size: int) -> int:
@@ -55,6 +55,7 @@ def batches(
         collate_fn=_identity,
         num_workers=num_workers,
         prefetch_factor=4 if num_workers else None,
+        worker_init_fn=leave_signals_to_the_parent,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # else the loader draws a seed for its workers from the training's generator
     )

@@ -123,6 +123,12 @@ def save_vae_files(
     return target
 
 
+def save_latent_stats(path: Path, scale: Tensor, bias: Tensor) -> None:
+    """The statistics of latents by themselves, as they lie beside public VAEs."""
+    with atomic_write(path) as temporary:
+        torch.save({"latents_scale": scale, "latents_bias": bias}, temporary)
+
+
 def _on_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     # Own storage each: torch.save writes the whole storage of a view.
     return type(state)((key, tensor.detach().cpu().contiguous().clone()) for key, tensor in state.items())

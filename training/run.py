@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -22,16 +23,20 @@ from dataset.order import batches, batches_per_epoch
 from training import run_folder
 from training.ahead import Ahead
 from training.optimizer import Optimizer
+from training.saver import Saver
+from training.stopping import Stopping
 from training.trackers import open_trackers
 from training.window import Window
 from utils.cards import card_peak
-from utils.checkpoint import read_checkpoint, write_checkpoint
-from utils.checkpoint_files import checkpoint_path, latest_step
+from utils.checkpoint import read_checkpoint
+from utils.checkpoint_files import latest_step
 from utils.distributed import from_main, launcher_notes, main_first, start_processes, together
-from utils.errors import InputError, when_interrupted
+from utils.errors import InputError, Interrupt
 from utils.files import require_disk
 from utils.images import save_png
+from utils.locks import JobLock
 from utils.memory import frozen_garbage, peak_gib
+from utils.provenance import made_by
 from utils.rng import Draws
 
 logger = logging.getLogger(__name__)
@@ -41,7 +46,7 @@ PROGRESS_LOSSES = ("sit_loss", "vae_loss", "proj_loss", "reconstruction_loss")
 
 
 class Run:
-    """One training run, as every process sees it.
+    """One training run, as every process sees it; a context manager, whose end closes what the run has opened.
 
     Args:
         args: the script's options.
@@ -60,19 +65,42 @@ class Run:
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.is_main, self.device = self.accelerator.is_main_process, self.accelerator.device
         self.folder = run_folder.run_folder(args)
-        self.trackers, self._handlers = [], []
-        self._window = Window(self.device)
+        self.trackers, self._handlers, self._saver = [], [], None
+        self._window, self._stopping = Window(self.device), Stopping(args.max_hours, self._what_stays)
+        self._lock = JobLock(self.folder / run_folder.LOCK)
         self._set_numerics()
         with main_first():
             if args.batch_size % self.world_size:
                 raise InputError(f"--batch-size: {args.batch_size} images do not divide by {self.world_size} processes")
-            self.start_step, self.resume_from, self.goes_on = run_folder.starting_point(args)
-        mine, first = (self.start_step, self.goes_on), from_main((self.start_step, self.goes_on))
+            if self.is_main:
+                if self._lock.path.exists():
+                    self._lock.require_free(self._taken())
+                start = run_folder.starting_point(args, whole=True)
+        self._start = from_main(start if self.is_main else None)
+        self.start_step, self.resume_from, self.goes_on, notes = self._start
+        self.notes += notes
         with together():  # each has looked for itself
-            if mine != first:
-                found = f"this process sees step {mine[0]}, rank 0 step {first[0]}"
-                raise InputError(f"--resume: {found}; --output-dir must be one folder for all machines")
+            if self.resume_from is not None and not self.resume_from.is_file():
+                problem = f"rank 0 goes on from {self.resume_from}, which this process does not see"
+                raise InputError(f"--resume: {problem}; --output-dir must be one folder for all machines")
         self._done = self.start_step
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind: type | None, *_) -> None:
+        """Close the trackers and the log, and let others have the folder. An error's way out waits for nobody else."""
+        if kind is None:
+            self._stopping.close()
+            self.wait()
+        if self._saver is not None and not (kind and issubclass(kind, KeyboardInterrupt)):
+            self._saver.wait()
+        for tracker in self.trackers:
+            tracker.finish()
+        for handler in self._handlers:
+            logging.getLogger().removeHandler(handler)
+            handler.close()
+        self._lock.release()
 
     # ------------------------------------------------------------------ processes
 
@@ -209,6 +237,10 @@ class Run:
         self.total_steps = min(args.max_train_steps, (args.epochs or math.inf) * in_epoch)
         self._scalers = {name: optimizer.scaler for name, optimizer in optimizers.items() if self.scales_loss}
         self._say_length(in_epoch)
+        if self.is_main:
+            self._made_by = made_by(data_fingerprint=data.fingerprint)
+            versions = ", ".join(map(" ".join, self._made_by["versions"].items()))
+            logger.info("commit %s; %s; %s", self._made_by["commit"], versions, self._made_by["command"])
         if evaluate is not None and self._lacks_evaluation(args.eval_steps):
             self.log_evaluation(self.start_step, evaluate())
 
@@ -216,7 +248,7 @@ class Run:
         self._progress = tqdm(
             steps, initial=self.start_step, total=self.total_steps, disable=not self.is_main, desc=args.exp_name
         )
-        with when_interrupted(self._what_stays), frozen_garbage() as freeze:
+        with self._stopping.listening(), frozen_garbage() as freeze:
             for step in self._progress:
                 self._window.start_step()
                 yield step
@@ -224,12 +256,16 @@ class Run:
                 self._done = done = step + 1
                 if done - self.start_step == STEPS_BEFORE_FREEZING:
                     freeze()
-                if self._is_due(done, args.checkpointing_steps):
+                stops = self._stopping.agreed() and done < self.total_steps
+                if stops or self._is_due(done, args.checkpointing_steps):
                     self.save(done, partial(checkpoint, done))
+                if stops:
+                    raise self._stopped()
                 if evaluate is not None and self._is_due(done, args.eval_steps):
                     self.log_evaluation(done, evaluate())
                 if preview is not None and args.num_preview and self._is_due(done, args.sampling_steps):
                     self.log_pictures(done, preview())
+            self._require_saved()
         if self.is_main and self._cut_short:
             logger.warning("the run has ended: %s", self._cut_short)
 
@@ -246,11 +282,29 @@ class Run:
             logger.warning("the run will end early: %s", self._cut_short)
 
     def _what_stays(self) -> str:
-        """Of a run that is interrupted, for whoever did it."""
+        """Of a run that ends at once, for whoever did it."""
         saved = latest_step(self.folder)
         if saved is None:
             return f"interrupted after step {self._done}; there is no checkpoint yet, and no step of it stays"
         return f"interrupted after step {self._done}; --resume latest goes on from its last checkpoint, of step {saved}"
+
+    def _stopped(self) -> Interrupt:
+        """How a run ends that was asked to stop, once its checkpoint is on the disk."""
+        self._require_saved()
+        cause = self._stopping.cause or "a signal to another process"
+        return Interrupt(f"by {cause}, after step {self._done} with a checkpoint; --resume latest goes on from it")
+
+    def _require_saved(self) -> None:
+        """Wait until the newest checkpoint is on the disk; what hindered it is an error now, on every process."""
+        failure = None
+        if self._saver is not None:
+            self._saver.wait()
+            failure = self._saver.failure
+        lost = from_main(failure is not None)
+        if failure is not None:
+            raise failure
+        if lost:
+            sys.exit(1)  # rank 0 says why
 
     def _is_due(self, done: int, every: int) -> bool:
         """Whether something that happens every so many steps, and at the end, happens after `done` steps."""
@@ -296,9 +350,15 @@ class Run:
         Args:
             from_checkpoint: options of a fresh run that a resumed one does not read.
         """
+        with main_first():
+            if self.is_main:
+                self._lock.acquire(self._taken())
+                if run_folder.starting_point(self.args)[:3] != self._start[:3] and not self._start.notes:
+                    raise InputError(f"{self._taken()} while this one was starting; start it again")
         if self.is_main:
             if self.goes_on:
                 self.notes += run_folder.changed_flags(self.folder, self.args, self.start_step, from_checkpoint)
+                self.notes += run_folder.set_aside_after(self.folder, self.start_step)
             elif self.args.overwrite:
                 run_folder.clear(self.folder, self.args.logging_dir)
             run_folder.make(self.folder, self.args, self.start_step)
@@ -306,7 +366,16 @@ class Run:
             self.trackers = open_trackers(self.args, self.folder, start_step=self.start_step)
             for note in self.notes:
                 logger.warning(note)
+            self._saver = Saver(
+                self.folder,
+                limit=self.args.checkpoints_total_limit,
+                keep_every=self.args.keep_every,
+                resumed_from=self.start_step if self.goes_on else None,
+            )
         self.wait()
+
+    def _taken(self) -> str:
+        return f"--exp-name: another job is at work in {self.folder}"
 
     # ------------------------------------------------------------------ what it reports
 
@@ -354,10 +423,9 @@ class Run:
         self.wait()
 
     def save(self, done: int, contents: Callable[[], dict]) -> None:
-        """Write the checkpoint after so many steps, on rank 0; the others wait."""
-        if self.is_main:
-            write_checkpoint(checkpoint_path(self.folder, done), contents())
-        self.wait()
+        """Begin to write the checkpoint after so many steps, on rank 0."""
+        if self._saver is not None:
+            self._saver.save(done, contents() | {"made_by": self._made_by})
 
     def _append(self, file: str, done: int, row: dict[str, float]) -> None:
         with (self.folder / file).open("a") as lines:
@@ -368,11 +436,3 @@ class Run:
     def wait(self) -> None:
         if self.world_size > 1:
             dist.barrier()
-
-    def close(self) -> None:
-        self.wait()
-        for tracker in self.trackers:
-            tracker.finish()
-        for handler in self._handlers:
-            logging.getLogger().removeHandler(handler)
-            handler.close()

@@ -17,7 +17,7 @@ def require_start(args: argparse.Namespace) -> None:
     """
     if args.dry_run is not None:
         return
-    _, checkpoint, _ = starting_point(args)
+    checkpoint = starting_point(args).checkpoint
     require_inputs(args)
     # Of a run that goes on the VAE lies in the checkpoint, where it is not frozen; `none` is a fresh one.
     vae_is_frozen = hasattr(args, "vae_latents_name")

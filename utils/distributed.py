@@ -13,6 +13,8 @@ import torch.distributed as dist
 
 from utils.errors import InputError
 
+PATIENCE = timedelta(hours=2)  # of a collective: rank 0 may download weights or measure a data set meanwhile
+
 
 def start_processes():
     """accelerate's view of the processes: CUDA with NCCL, else CPU with gloo.
@@ -26,8 +28,7 @@ def start_processes():
     if asked := [name for variable, name in _PLUGINS.items() if _is_on(variable)]:
         raise _not_plain(" and ".join(asked))
 
-    # Rank 0 may download weights or measure a data set while the others wait.
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))
+    patience = InitProcessGroupKwargs(timeout=PATIENCE)
     # Precision and compiling are the scripts' own: a dynamo backend of accelerate's would switch TF32 on.
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(), mixed_precision="no", dynamo_backend="no", kwargs_handlers=[patience]

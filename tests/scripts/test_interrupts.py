@@ -1,4 +1,4 @@
-"""Ctrl-C ends every script in one line, which says what stays, with exit code 130; what is finished stays."""
+"""A signal ends every script in one line, which says what stays; what is finished stays."""
 
 import os
 import signal
@@ -12,13 +12,13 @@ import evaluate
 import generate
 import save_vae_weights
 import train_ldm_only
-import train_vae
 from configs.options import PARSERS
 from dataset.latent_cache import LatentCache
 from sampling.store import SampleStore
 from tests.support import sampling, small
 from tests.support.forks import Fork
 from training.run import Run
+from utils.errors import REQUEUE, SIGNALS
 
 PLAIN = dict(enc_type="None", proj_coeff=0)
 
@@ -27,52 +27,63 @@ PLAIN = dict(enc_type="None", proj_coeff=0)
 def stopped(capsys):
     """`stopped(main, argv)`: the one line that a command leaves with when it is interrupted."""
 
-    def run(main, argv) -> str:
+    def run(main, argv, code: int = 130) -> str:
         capsys.readouterr()
         before = signal.getsignal(signal.SIGINT)
         with pytest.raises(SystemExit) as leaving:
             main(argv)
-        assert leaving.value.code == 130 and signal.getsignal(signal.SIGINT) is before
+        assert signal.getsignal(signal.SIGINT) is before
         lines = [line for line in capsys.readouterr().err.splitlines() if "stopped" in line]
-        assert len(lines) == 1 and ": stopped: interrupted" in lines[0]
+        assert len(lines) == 1 and leaving.value.code == code
         return lines[0]
 
     return run
 
 
-def interrupting(method, call: int):
-    """The method, which Ctrl-C meets at the beginning of this call, counted from 1."""
+def interrupting(method, call: int, number: int = signal.SIGINT):
+    """The method, which a signal meets at the beginning of this call, counted from 1."""
     calls = []
 
     def interrupted(*args, **kwargs):
         calls.append(args)
         if len(calls) == call:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         return method(*args, **kwargs)
 
     return interrupted
 
 
-def test_a_run_says_what_it_goes_on_from(place, tmp_path, stopped, monkeypatch):
-    options = dict(max_train_steps=8, checkpointing_steps=2, **PLAIN)
-    for call, said in (
-        (1, "interrupted after step 0; there is no checkpoint yet, and no step of it stays"),
-        (4, "interrupted after step 3; --resume latest goes on from its last checkpoint, of step 2"),
-        (3, "interrupted after step 4; --resume latest goes on from its last checkpoint, of step 4"),
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_run_stops_with_a_checkpoint(number, place, tmp_path, stopped, monkeypatch):
+    options = dict(max_train_steps=6, checkpointing_steps=6, **PLAIN)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "log", interrupting(Run.log, 3, number))
+        line = stopped(train_ldm_only.main, small.ldm_options(place, tmp_path, "run", **options), REQUEUE)
+    assert line.endswith(f"by {number.name}, after step 3 with a checkpoint; --resume latest goes on from it")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["0000003.pt"]
+    for name in ("run", "whole"):
+        train_ldm_only.main(small.ldm_options(place, tmp_path, name, resume="latest", **options))
+    small.assert_same_training(tmp_path, "run", (tmp_path, "whole"), 6)
+
+
+def test_the_clock_stops_a_run_as_a_signal_does(place, tmp_path, stopped):
+    argv = small.ldm_options(place, tmp_path, "run", max_hours=1e-6, **PLAIN)
+    line = stopped(train_ldm_only.main, argv, REQUEUE)
+    assert line.endswith("by --max-hours 1e-06, after step 1 with a checkpoint; --resume latest goes on from it")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, REQUEUE)])
+def test_a_second_signal_stops_at_once(number, code, place, tmp_path, stopped, monkeypatch):
+    monkeypatch.setattr("training.stopping.SAME_SIGNAL_SECONDS", 0)
+    for checkpointing_steps, said in (
+        (9, "after step 2; there is no checkpoint yet, and no step of it stays"),
+        (2, "after step 2; --resume latest goes on from its last checkpoint, of step 2"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(Run, "log", interrupting(Run.log, call))
-            argv = small.ldm_options(place, tmp_path, "run", resume="latest", **options)
-            assert stopped(train_ldm_only.main, argv).endswith(said)
-    train_ldm_only.main(small.ldm_options(place, tmp_path, "run", resume="latest", **options))
-    assert [row["step"] for row in small.metrics(tmp_path, "run")] == list(range(1, 9))
-
-
-def test_while_a_checkpoint_is_written_the_last_one_stays(place, tmp_path, stopped, monkeypatch):
-    monkeypatch.setattr("utils.files.sync", interrupting(lambda path: None, 5))  # two for args.json, two a checkpoint
-    argv = small.vae_options(place, tmp_path, "run", checkpointing_steps=1)
-    assert stopped(train_vae.main, argv).endswith("step 2; --resume latest goes on from its last checkpoint, of step 1")
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["0000001.pt"]
+            patch.setattr(Run, "log", interrupting(interrupting(Run.log, 3, number), 3, number))
+            options = dict(checkpointing_steps=checkpointing_steps, overwrite=True, **PLAIN)
+            line = stopped(train_ldm_only.main, small.ldm_options(place, tmp_path, "run", **options), code)
+        assert line.endswith(f"stopped: interrupted {said}")
 
 
 def test_the_latents_of_finished_batches_stay(place, tmp_path, stopped, monkeypatch):
@@ -113,7 +124,7 @@ def test_rank_0_speaks_alone(place, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Run, "log", interrupting(Run.log, 1))
     with pytest.raises(SystemExit) as leaving:
         train_ldm_only.main(small.ldm_options(place, tmp_path, "run", **PLAIN))
-    assert leaving.value.code == 130 and "stopped" not in capsys.readouterr().err
+    assert leaving.value.code == REQUEUE and "stopped" not in capsys.readouterr().err
 
 
 def test_a_job_out_of_reach_of_ctrl_c_stays_so(place, tmp_path, monkeypatch):
@@ -135,9 +146,9 @@ def test_a_real_process_leaves_without_a_traceback(place, tmp_path):
         time.sleep(0.05)
     os.kill(job.process.pid, signal.SIGINT)
     done = job.wait()
-    assert done.returncode == 130 and "Traceback" not in done.stderr
+    assert done.returncode == REQUEUE and "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("train_ldm_only.py: stopped: interrupted after step") and "--resume latest" in last
+    assert last.startswith("train_ldm_only.py: stopped: by SIGINT, after step") and "--resume latest" in last
 
 
 @pytest.mark.parametrize("script", PARSERS)

@@ -42,15 +42,6 @@ def whole(place, tmp_path_factory):
     return run
 
 
-def assert_same_training(output: Path, name: str, reference: tuple[Path, str], step: int = 4) -> None:
-    """Every entry of the checkpoint but the arguments, and every row of the metrics."""
-    actual, expected = small.checkpoint(output, name, step), small.checkpoint(*reference, step)
-    assert actual.pop("args") and expected.pop("args")
-    small.assert_same(actual, expected)
-    assert small.metrics(output, name) == small.metrics(*reference)
-
-
-# Of train_repae with one micro-step: see the killed run below.
 @pytest.mark.parametrize(
     ("script", "micro_steps"),
     [("train_repae", 2), ("train_ldm_only", 1), ("train_ldm_only", 2), ("train_vae", 1), ("train_vae", 2)],
@@ -62,7 +53,7 @@ def test_resumed_equals_uninterrupted(script, micro_steps, whole, place, tmp_pat
     train(script, place, tmp_path, "run", max_train_steps=2, **options)
     half = small.checkpoint(tmp_path, "run", 2)
     train(script, place, tmp_path, "run", resume="latest", **options)
-    assert_same_training(tmp_path, "run", reference)
+    small.assert_same_training(tmp_path, "run", reference)
 
     end = small.checkpoint(tmp_path, "run", 4)
     for key in end.keys() - {"args", "vae_config", "scalers", "param_names", "format"}:  # what learning must move
@@ -84,7 +75,7 @@ def test_a_killed_run_goes_on(whole, place, tmp_path):
     assert not (checkpoints / "0000003.pt").exists()
 
     train("train_repae", place, tmp_path, "run", checkpointing_steps=2, resume="latest")
-    assert_same_training(tmp_path, "run", whole("train_repae", gradient_accumulation_steps=1))
+    small.assert_same_training(tmp_path, "run", whole("train_repae", gradient_accumulation_steps=1))
     assert {path.name for path in checkpoints.iterdir()} == {"0000001.pt", "0000002.pt", "0000004.pt"}
 
 
@@ -137,7 +128,7 @@ def test_overwrite_leaves_a_logging_dir_elsewhere_alone(place, tmp_path):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_previews_do_not_touch_training(script, whole, place, tmp_path, few_steps):
     train(script, place, tmp_path, "run", num_preview=4, sampling_steps=2, gradient_accumulation_steps=1)
-    assert_same_training(tmp_path, "run", whole(script, gradient_accumulation_steps=1))
+    small.assert_same_training(tmp_path, "run", whole(script, gradient_accumulation_steps=1))
     both = ("samples", "reconstructions")
     kinds = {"train_repae": both, "train_ldm_only": both[:1], "train_vae": both[1:]}[script]
     pictures = sorted((tmp_path / "run" / "samples").iterdir())
@@ -198,9 +189,9 @@ def test_a_row_ends_with_a_checkpoint_too(whole, place, tmp_path):
 
 
 def said(output: Path, name: str) -> list[str]:
-    """The lines of the run's log, without their times, and without the one that every run has: see `how`."""
+    """The lines of the run's log, without their times, and without those that every run has: see `how`."""
     lines = [line.split(" ", 1)[1] for line in (output / name / "log.txt").read_text().splitlines()]
-    return [line for line in lines if " a step = " not in line]
+    return [line for line in lines if " a step = " not in line and not line.startswith("commit ")]
 
 
 def test_epochs_that_are_given_end_a_run_too_and_it_says_so(place, tmp_path):

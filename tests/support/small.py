@@ -156,8 +156,9 @@ def listing(*folders: Path) -> dict[str, tuple]:
 
 
 def checkpoint(output: Path, name: str, step: int) -> dict:
+    """Without `made_by`, which is the command's."""
     path = output / name / "checkpoints" / f"{step:07d}.pt"
-    return torch.load(path, weights_only=True)
+    return {key: value for key, value in torch.load(path, weights_only=True).items() if key != "made_by"}
 
 
 def metrics(output: Path, name: str) -> list[dict]:
@@ -181,6 +182,17 @@ def assert_same(actual, expected, where: str = "checkpoint") -> None:
         assert actual.dtype == expected.dtype and torch.equal(actual, expected), where
     else:
         assert actual == expected, where
+
+
+def assert_same_training(output: Path, name: str, reference: tuple[Path, str], step: int = 4) -> None:
+    """Every entry of the checkpoint but the arguments, and every row of the metrics."""
+    actual, expected = checkpoint(output, name, step), checkpoint(*reference, step)
+    assert actual.pop("args") and expected.pop("args")
+    assert_same(actual, expected)
+    assert metrics(output, name) == metrics(*reference)
+
+
+# Of train_repae with one micro-step: see the killed run below.
 
 
 def environment(**more: str) -> dict[str, str]:
