@@ -22,6 +22,7 @@ from models.vae import latent_shape
 from training import run_folder
 from training.optimizer import Optimizer
 from training.parts import step_parts
+from training.saver import those_that_stay
 from utils.cards import card_peak
 from utils.costs import aligned, flops_lines, gb, memory_lines, time_lines
 from utils.counting import Cost, to_shapes
@@ -249,10 +250,16 @@ class PlannedRun:
         rows = [("disk", ""), ("images", gb(self.num_images * 3 * args.resolution**2))]
         if self.latent_bytes:
             rows.append(("latents", gb(self.latent_bytes)))
-        every, start = args.checkpointing_steps, min(self.start_step, self.total_steps)
-        written = math.ceil(self.total_steps / every) - math.ceil(start / every)
+        every, total = args.checkpointing_steps, self.total_steps
+        written = [min(step, total) for step in range(every, total + every, every) if step > self.start_step]
+        stay = len(those_that_stay(written, args.checkpoints_total_limit, args.keep_every))
         rows.append(("a checkpoint", gb(self.checkpoint_bytes)))
-        rows.append((f"all {written} of them", gb(written * self.checkpoint_bytes)))
+        if stay == len(written):
+            rows.append((f"all {stay} of them", gb(stay * self.checkpoint_bytes)))
+        else:
+            rows.append(
+                (f"the {stay} of {len(written)} that stay, and one more", gb((stay + 1) * self.checkpoint_bytes))
+            )
         return aligned(rows)
 
 

@@ -73,13 +73,15 @@ class Saver:
         self._remove_old(step)
 
     def _remove_old(self, newest: int) -> None:
-        """The oldest of the whole ones beyond the limit; later ones are of another course of the run, and not ours."""
-        if self.limit is None:
-            return
-        kept = [step for step in checkpoint_steps(self.folder) if step <= newest]
-        for step in kept[: -self.limit]:
-            if step != self.resumed_from and (self.keep_every is None or step % self.keep_every):
-                checkpoint_path(self.folder, step).unlink(missing_ok=True)
+        there = [step for step in checkpoint_steps(self.folder) if step <= newest]
+        for step in set(there) - {self.resumed_from, *those_that_stay(there, self.limit, self.keep_every)}:
+            checkpoint_path(self.folder, step).unlink(missing_ok=True)
+
+
+def those_that_stay(steps: list[int], limit: int | None, keep_every: int | None) -> list[int]:
+    """Of the steps with a checkpoint, in their order: the newest `limit` (None: all), and multiples of `keep_every`."""
+    first = 0 if limit is None else len(steps) - limit
+    return [step for i, step in enumerate(steps) if i >= first or (keep_every and step % keep_every == 0)]
 
 
 def _copy(tensor: torch.Tensor) -> HostCopy | torch.Tensor:

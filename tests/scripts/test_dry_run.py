@@ -52,6 +52,16 @@ def test_the_checkpoint_is_as_large_as_the_plan_says(script, place, tmp_path, ca
     assert number(text, "a checkpoint") == pytest.approx(file.stat().st_size / 1e6, rel=0.01)  # MB
 
 
+def test_the_disk_is_that_of_the_checkpoints_that_stay(place, tmp_path, capsys):
+    options = dict(max_train_steps=95, checkpointing_steps=10, checkpoints_total_limit=2)
+    for more, said in (({}, "the 2 of 10 that stay, and one more"), ({"keep_every": 40}, "the 4 of 10 that stay")):
+        text = plan("train_ldm_only", place, tmp_path / "exps", capsys, **options, **more)
+        assert said in text  # 90 and 95; and 40 and 80
+        beyond = next(row for row in text.splitlines() if said in row).split("more")[1].split()[0]
+        one = number(text, "a checkpoint")
+        assert float(beyond.replace(",", "")) == pytest.approx((int(said.split()[1]) + 1) * one, rel=0.02)
+
+
 def test_neither_data_nor_weights_are_needed_and_what_is_assumed_is_said(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = small.argv(exp_name="x", model="SiT-S/2", vae="f16d32", vae_latents_name="none", dry_run=2)
