@@ -243,6 +243,8 @@ class Run:
             logger.info("commit %s; %s; %s", self._made_by["commit"], versions, self._made_by["command"])
         if evaluate is not None and self._lacks_evaluation(args.eval_steps):
             self.log_evaluation(self.start_step, evaluate())
+        if preview is not None and self._lacks_pictures(args.sampling_steps):
+            self.log_pictures(self.start_step, preview())
 
         steps = range(self.start_step, self.total_steps)
         self._progress = tqdm(
@@ -317,6 +319,12 @@ class Run:
         path = self.folder / run_folder.EVALUATIONS  # rank 0 wrote it; others may not see it as it is now
         rows = path.read_text().splitlines() if self.is_main and path.is_file() else []
         return from_main(all(json.loads(row)["step"] != self.start_step for row in rows))
+
+    def _lacks_pictures(self, every: int) -> bool:
+        """As `_lacks_evaluation`, of the preview grids."""
+        if not (self.goes_on and self.args.num_preview and self._is_due(self.start_step, every)):
+            return False
+        return from_main(self.is_main and not list((self.folder / "samples").glob(f"{self.start_step:07d}-*.png")))
 
     # ------------------------------------------------------------------ the folder
 

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,7 +56,7 @@ def interrupting(method, call: int, number: int = signal.SIGINT):
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_run_stops_with_a_checkpoint(number, place, tmp_path, stopped, monkeypatch):
-    options = dict(max_train_steps=6, checkpointing_steps=6, **PLAIN)
+    options = dict(max_train_steps=6, checkpointing_steps=6, num_preview=2, sampling_steps=3, **PLAIN)
     with monkeypatch.context() as patch:
         patch.setattr(Run, "log", interrupting(Run.log, 3, number))
         line = stopped(train_ldm_only.main, small.ldm_options(place, tmp_path, "run", **options), REQUEUE)
@@ -64,6 +65,9 @@ def test_a_run_stops_with_a_checkpoint(number, place, tmp_path, stopped, monkeyp
     for name in ("run", "whole"):
         train_ldm_only.main(small.ldm_options(place, tmp_path, name, resume="latest", **options))
     small.assert_same_training(tmp_path, "run", (tmp_path, "whole"), 6)
+    for step in (3, 6):  # the pictures of step 3 were due when the run stopped, and are made up for
+        picture = Path("samples", f"000000{step}-samples.png")
+        assert (tmp_path / "run" / picture).read_bytes() == (tmp_path / "whole" / picture).read_bytes()
 
 
 def test_the_clock_stops_a_run_as_a_signal_does(place, tmp_path, stopped):
