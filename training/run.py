@@ -21,6 +21,7 @@ from dataset.data import ImageData
 from dataset.order import batches, batches_per_epoch
 from training import run_folder
 from training.ahead import Ahead
+from training.health import finite, require_learning, what_now
 from training.optimizer import Optimizer
 from training.trackers import open_trackers
 from training.window import Window
@@ -147,7 +148,7 @@ class Run:
 
     def batches(self, data) -> Iterator:
         """This process's micro-batches of a data set, on its device, from the step where the run starts."""
-        args = self.args
+        args, self._num_images = self.args, len(data)
         loader = batches(
             data,
             batch_size=args.batch_size,
@@ -225,7 +226,10 @@ class Run:
                 if done - self.start_step == STEPS_BEFORE_FREEZING:
                     freeze()
                 if self._is_due(done, args.checkpointing_steps):
-                    self.save(done, partial(checkpoint, done))
+                    if self.losses_are_finite():
+                        self.save(done, partial(checkpoint, done))
+                    else:
+                        self._go_without_checkpoint(done)
                 if evaluate is not None and self._is_due(done, args.eval_steps):
                     self.log_evaluation(done, evaluate())
                 if preview is not None and args.num_preview and self._is_due(done, args.sampling_steps):
@@ -318,11 +322,11 @@ class Run:
             scalars: by name, of this process.
 
         Raises:
-            FloatingPointError: a loss of the row is not finite.
+            FloatingPointError: a network has stopped learning (`training.health`).
         """
-        self._window.add(scalars)
-        # A window also ends with a checkpoint: no loss that is not finite is saved, and a resumed run has equal rows.
         args, done = self.args, step + 1
+        self._window.add(done, scalars)
+        # A window also ends with a checkpoint: no loss that is not finite is saved, and a resumed run has equal rows.
         if not (self._is_due(done, args.log_steps) or self._is_due(done, args.checkpointing_steps)):
             return
 
@@ -331,13 +335,25 @@ class Run:
             peak = self.world_size * card_peak(half=self.autocast_dtype is not None, tf32=args.allow_tf32)
             row["mfu"] = row["images_per_second"] * self.flops_per_image / peak
         row["peak_memory_gib"] = peak_gib(self.device)
-        row |= {f"loss_scale_{name}": scaler.get_scale() for name, scaler in self._scalers.items()}
+        scales = {name: scaler.get_scale() for name, scaler in self._scalers.items()}
+        row |= {f"loss_scale_{name}": scale for name, scale in scales.items()}
         if self.is_main:
             self._append(run_folder.METRICS, done, row)
-            self._progress.set_postfix({key: f"{row[key]:.4f}" for key in PROGRESS_LOSSES if key in row})
-        losses = {key: value for key, value in row.items() if key.endswith("loss")}
-        if not all(map(math.isfinite, losses.values())):
-            raise FloatingPointError(f"step {done}: a loss is not finite ({losses}); checkpoints before it are whole")
+            known = finite(row)
+            self._progress.set_postfix({key: f"{known[key]:.4f}" for key in PROGRESS_LOSSES if key in known})
+        require_learning(self._window, done, scales, self.folder, self._num_images, args)
+
+    def losses_are_finite(self) -> bool:
+        """Whether those of the step that `log` has closed a row with are: the same answer on every process."""
+        return not self._window.infinite_losses()
+
+    def _go_without_checkpoint(self, done: int) -> None:
+        """Where losses are not finite: say so; at the end of the run it is an error."""
+        why = f"step {done}: no checkpoint is written; not finite: {', '.join(self._window.infinite_losses())}"
+        if done == self.total_steps:
+            raise FloatingPointError(f"{why}; {what_now(self.folder, self.args)}")
+        if self.is_main:
+            logger.warning(why)
 
     def log_evaluation(self, done: int, results: dict[str, float]) -> None:
         """Metrics of an evaluation to `evaluations.jsonl`, the log and the tracker; on rank 0."""
@@ -359,11 +375,14 @@ class Run:
             write_checkpoint(checkpoint_path(self.folder, done), contents())
         self.wait()
 
-    def _append(self, file: str, done: int, row: dict[str, float]) -> None:
+    def _append(self, file: str, done: int, row: dict[str, float | None]) -> None:
+        """A row to a file, as JSON, which has no NaN and no infinity: null stands for them. Trackers get numbers."""
+        known = finite(row)
+        line = json.dumps({"step": done, **{name: known.get(name) for name in row}}, allow_nan=False)
         with (self.folder / file).open("a") as lines:
-            lines.write(json.dumps({"step": done, **row}) + "\n")
+            lines.write(line + "\n")
         for tracker in self.trackers:
-            tracker.log(row, step=done)
+            tracker.log(known, step=done)
 
     def wait(self) -> None:
         if self.world_size > 1:

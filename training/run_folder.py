@@ -13,8 +13,8 @@ from utils.checkpoint_files import find_checkpoint, latest_step
 from utils.errors import InputError, about
 from utils.files import require_writable, write_json
 
-METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
-# What a run puts into its folder; `--overwrite` removes these, the tracker's folder and nothing else.
+METRICS, EVALUATIONS, BAD_STEPS = "metrics.jsonl", "evaluations.jsonl", "bad-step-*.json"
+# What a run puts into its folder; `--overwrite` removes these, BAD_STEPS, the tracker's folder and nothing else.
 RUN_FILES = ("args.json", "checkpoints", "samples", METRICS, EVALUATIONS, "log.txt", "latents-stats.pt", WANDB_RUN)
 # How a run goes on may differ from how it began; and what is no flag.
 FREE_TO_CHANGE = ("resume", "resume_step", "continue_train_exp_dir", "overwrite", "seen_classes")
@@ -74,9 +74,15 @@ def clear(folder: Path, logging_dir: str) -> None:
     """Remove an earlier run of this name, and nothing else: a --logging-dir that lies elsewhere is left alone."""
     logs = folder / logging_dir
     inside = folder.resolve() in logs.resolve().parents
-    for path in (*(folder / name for name in RUN_FILES), *([logs] if inside else [])):
+    named = *(folder / name for name in RUN_FILES), *folder.glob(BAD_STEPS)
+    for path in (*named, *([logs] if inside else [])):
         is_folder = path.is_dir() and not path.is_symlink()  # of a link the link alone goes
         shutil.rmtree(path) if is_folder else path.unlink(missing_ok=True)
+
+
+def bad_step_path(folder: Path, done: int) -> Path:
+    """Of the record of a step, counted from 1, that ended a run."""
+    return folder / BAD_STEPS.replace("*", f"{done:07d}")
 
 
 def make(folder: Path, args: argparse.Namespace, start_step: int) -> None:
