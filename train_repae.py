@@ -46,6 +46,7 @@ from models.vae_keys import ldm_parameters, to_ldm
 from sampling.generation import preview, preview_sampler, reconstruction_pairs
 from sampling.labels import seen_classes
 from training.ema import update_ema
+from training.health import LatentSpread
 from training.optimizer import Optimizer, adamw_settings, checkpoint_entries, restore
 from training.plan import PlannedRun, flops_for_mfu
 from training.run import Run
@@ -197,6 +198,7 @@ def main(argv: list[str] | None = None) -> None:
     run.say_how(compiled="SiT's blocks, VAE, encoder's blocks")
 
     settings = step_settings(args, micro_steps=args.gradient_accumulation_steps)
+    spread = LatentSpread(nets.vae)
     steps = run.steps(
         data,
         optimizers=dict(sit=optimizers.opt, vae=optimizers.opt_vae, disc=optimizers.opt_disc),
@@ -205,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
         preview=partial(previews, args, run, nets, data),
     )
     for step in steps:
-        run.log(step, train_step(run, nets, optimizers, loader, step, **settings))
+        run.log(step, train_step(run, nets, optimizers, loader, step, **settings) | spread.scalars())
     run.close()
 
 
@@ -328,11 +330,8 @@ def load_networks(nets: Networks, checkpoint: dict, path: str) -> list[str]:
 
 
 def start_normalizer(run: Run, nets: Networks, data: ImageData) -> bool:
-    """SiT's normaliser starts from the latent statistics stored with the VAE, else from those of the data set.
-
-    Returns:
-        whether they were measured, because the VAE carries none.
-    """
+    """SiT's normaliser starts from the latent statistics stored with the VAE, else from those of the data set; returns
+    whether they were measured, because the VAE carries none."""
     measured = nets.latent_stats is None
     if measured:
         run.notes.append("the VAE carries no latent statistics: they were measured on the data set")
