@@ -36,6 +36,7 @@ from models.vae import latent_channels, latent_statistics, load_vae, vae_by_shap
 from models.vae_files import vae_sha256
 from sampling.generation import preview, preview_sampler
 from sampling.labels import seen_classes
+from training.classes import settle_classes
 from training.ema import update_ema
 from training.optimizer import Optimizer, adamw_settings, checkpoint_entries, restore
 from training.plan import PlannedRun, flops_for_mfu
@@ -120,7 +121,7 @@ def train(args, run: Run) -> None:
         data = ImageData(args.data_dir, resolution=args.resolution, num_classes=args.num_classes)
         latents = LatentData(Path(args.data_dir) / args.vae_latents_name, data)
         checkpoint = run.read_checkpoint(need=CHECKPOINT_ENTRIES)
-        run.settle_classes(data, checkpoint)
+        run.notes += settle_classes(args, data, checkpoint)
         nets = build_networks(args, run, latents, checkpoint)
         loader = run.batches(LatentsAndLabels(latents, data, with_images=bool(nets.encoders)))
         run.to_device(nets.sit, nets.ema, nets.vae, *nets.encoders)

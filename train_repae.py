@@ -44,7 +44,9 @@ from models.vae_files import save_latent_stats, vae_of_checkpoint
 from models.vae_keys import ldm_parameters, to_ldm
 from sampling.generation import preview, preview_sampler, reconstruction_pairs
 from sampling.labels import seen_classes
+from training.classes import settle_classes
 from training.ema import update_ema
+from training.health import LatentSpread
 from training.optimizer import Optimizer, adamw_settings, checkpoint_entries, restore
 from training.plan import PlannedRun, flops_for_mfu
 from training.run import Run
@@ -176,7 +178,7 @@ def train(args, run: Run) -> None:
         data = ImageData(args.data_dir, resolution=args.resolution, num_classes=args.num_classes)
         loader = run.batches(data)
         checkpoint = run.read_checkpoint(need=CHECKPOINT_ENTRIES)
-        run.settle_classes(data, checkpoint)
+        run.notes += settle_classes(args, data, checkpoint)
         nets = build_networks(args, run, checkpoint)
         run.to_device(nets.sit, nets.ema, nets.vae, nets.discriminator, *nets.encoders)
         run.to_device(nets.vae_loss.lpips, nets.discriminator_loss)
@@ -198,6 +200,7 @@ def train(args, run: Run) -> None:
     run.say_how(compiled="SiT's blocks, VAE, encoder's blocks")
 
     settings = step_settings(args, micro_steps=args.gradient_accumulation_steps)
+    spread = LatentSpread(nets.vae)
     steps = run.steps(
         data,
         optimizers=dict(sit=optimizers.opt, vae=optimizers.opt_vae, disc=optimizers.opt_disc),
@@ -206,7 +209,7 @@ def train(args, run: Run) -> None:
         preview=partial(previews, args, run, nets, data),
     )
     for step in steps:
-        run.log(step, train_step(run, nets, optimizers, loader, step, **settings))
+        run.log(step, train_step(run, nets, optimizers, loader, step, **settings) | spread.scalars())
 
 
 def step_settings(args, *, micro_steps: int) -> dict:
@@ -328,11 +331,8 @@ def load_networks(nets: Networks, checkpoint: dict, path: str) -> list[str]:
 
 
 def start_normalizer(run: Run, nets: Networks, data: ImageData) -> bool:
-    """SiT's normaliser starts from the latent statistics stored with the VAE, else from those of the data set.
-
-    Returns:
-        whether they were measured, because the VAE carries none.
-    """
+    """SiT's normaliser starts from the latent statistics stored with the VAE, else from those of the data set; returns
+    whether they were measured, because the VAE carries none."""
     measured = nets.latent_stats is None
     if measured:
         run.notes.append("the VAE carries no latent statistics: they were measured on the data set")

@@ -37,6 +37,7 @@ from models.vae import build_vae, latent_shape, load_vae, require_trainable, vae
 from models.vae_files import require_new_vae_files, save_vae_files, vae_of_checkpoint
 from models.vae_keys import ldm_parameters, to_ldm
 from sampling.generation import reconstruction_pairs
+from training.health import LatentSpread
 from training.optimizer import Optimizer, adamw_settings, checkpoint_entries, restore
 from training.plan import PlannedRun, flops_for_mfu
 from training.run import Run
@@ -128,14 +129,17 @@ def train(args, run: Run) -> None:
         nets.vae.compile_halves()
     run.say_how(compiled="VAE")
 
+    spread = LatentSpread(nets.vae)
     steps = run.steps(
         data,
         optimizers=dict(vae=optimizers.opt_vae, disc=optimizers.opt_disc),
         checkpoint=partial(checkpoint_contents, args, nets, optimizers),
         preview=partial(previews, args, run, nets, data),
     )
+    micro_steps = args.gradient_accumulation_steps
     for step in steps:
-        run.log(step, train_step(run, nets, optimizers, loader, step, micro_steps=args.gradient_accumulation_steps))
+        scalars = train_step(run, nets, optimizers, loader, step, micro_steps=micro_steps)
+        run.log(step, scalars | spread.scalars())
     write_vae(args, run, nets, data)
 
 

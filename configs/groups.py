@@ -106,6 +106,12 @@ def add_training_flags(parser, *, networks: tuple[str, ...], learning_rate: bool
     train.add_argument("--adam-weight-decay", type=natural_float, default=0.0, help="AdamW's weight decay")
     train.add_argument("--adam-epsilon", type=positive_float, default=1e-8, help="AdamW's epsilon")
     train.add_argument("--max-grad-norm", type=positive_float, default=1.0, help="gradients are clipped to this norm")
+    train.add_argument(
+        "--max-bad-steps",
+        type=positive_int,
+        default=50,
+        help="the run stops after so many steps in a row without a finite gradient norm of one network",
+    )
     train.add_argument("--mixed-precision", default="fp16", choices=["no", "fp16", "bf16"], help="autocast of networks")
     on_off(train, "--allow-tf32", True, "TF32 products in float32 code on CUDA")
     on_off(train, "--compile", None, "torch.compile the networks (default: on CUDA yes, without no)")

@@ -62,6 +62,11 @@ def batches(
     return iter(loader)
 
 
+def global_batch(count: int, *, batch_size: int, seed: int, number: int) -> list[int]:
+    """Which of `count` images are those of global batch `number`, counted over all epochs; all processes' parts."""
+    return next(iter(_Shares(count, batch_size, seed, rank=0, world_size=1, start=number)))
+
+
 class _Shares:
     """Index lists of one process: its part of global batch `start`, `start + 1`, ..."""
 

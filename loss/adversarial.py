@@ -57,6 +57,8 @@ class DiscriminatorLoss(nn.Module):
         seen = torch.stack([real.detach(), fake.detach()])
         all_sum(seen)
         seen = seen / world_size()
+        # One batch that is not finite would spoil them for good: it leaves them as they are.
+        seen = seen.where(seen.isfinite(), torch.cat([self.real_logits_mean, self.fake_logits_mean]))
         # New tensors, not in place: the graph of `distance` holds the old ones.
         self.real_logits_mean = self.real_logits_mean * decay + seen[:1] * (1 - decay)
         self.fake_logits_mean = self.fake_logits_mean * decay + seen[1:] * (1 - decay)

@@ -295,11 +295,13 @@ class LatentNorm(nn.BatchNorm2d):
                 return F.batch_norm(z, self.running_mean, self.running_var, eps=self.eps)
             mean, var, count = self._batch_statistics(z)
 
-            # Running statistics, as torch's BatchNorm moves them: of the variance, the unbiased estimate.
+            # Running statistics, as torch's BatchNorm moves them: of the variance, the unbiased estimate. One batch
+            # that is not finite would spoil them for good: it leaves them as they are.
             with torch.no_grad():
                 unbiased = var.detach() * (count / (count - 1))
-                self.running_mean.lerp_(mean.detach().float(), self.momentum)
-                self.running_var.lerp_(unbiased.float(), self.momentum)
+                for running, value in ((self.running_mean, mean.detach()), (self.running_var, unbiased)):
+                    value = value.float()
+                    running.lerp_(value.where(value.isfinite(), running), self.momentum)
                 self.num_batches_tracked += 1
 
             # The batch itself is normalised by the biased one.

@@ -38,7 +38,7 @@ class Optimizer:
         self.parameters = [parameter for _, parameter in parameters]
         self.max_grad_norm = max_grad_norm
         device = self.parameters[0].device.type
-        # On CUDA fused: there an overflow skips the step on the device, without a look at it from the host.
+        # On CUDA fused: there a bad gradient skips the step on the device, without a look at it from the host.
         fused = device == "cuda" or None
         self.adamw = torch.optim.AdamW(
             self.parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused
@@ -49,13 +49,27 @@ class Optimizer:
         self.scaler.scale(loss).backward()
 
     def step(self) -> Tensor:
-        """Clip, step (unless fp16 overflowed), clear the gradients; returns the gradient norm before clipping."""
+        """Clip, step, clear the gradients; returns the gradient norm before clipping.
+
+        Where that norm is not finite, parameters and moments stay as they are. All processes do alike: they have the
+        same gradients.
+        """
         self.scaler.unscale_(self.adamw)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
-        self.scaler.step(self.adamw)
-        self.scaler.update()
+        if self.scaler.is_enabled():
+            self.scaler.step(self.adamw)
+            self.scaler.update()
+        else:
+            self._step_unless_bad(norm)
         self.adamw.zero_grad(set_to_none=True)
         return norm
+
+    def _step_unless_bad(self, norm: Tensor) -> None:
+        if self.adamw.param_groups[0]["fused"]:
+            self.adamw.found_inf = (~norm.isfinite()).float()  # the kernel's own switch, which the scaler uses too
+            self.adamw.step()
+        elif norm.isfinite():
+            self.adamw.step()
 
     def state_dict(self, shapes: dict[str, torch.Size] | None = None) -> dict:
         """torch's state dict; moments are viewed in the `shapes` that the checkpoint gives to these parameters."""

@@ -5,7 +5,6 @@ import contextlib
 import json
 import logging
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,23 +16,22 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from dataset.classes import class_ranges, classes_of
-from dataset.data import ImageData
 from dataset.order import batches, batches_per_epoch
 from training import run_folder
 from training.ahead import Ahead
+from training.health import require_learning, what_now
+from training.numerics import AUTOCAST, how_it_computes, set_numerics
 from training.optimizer import Optimizer
+from training.reports import Reports, finite
 from training.saver import Saver
 from training.stopping import Stopping
-from training.trackers import open_trackers
 from training.window import Window
 from utils.cards import card_peak
 from utils.checkpoint import read_checkpoint
 from utils.checkpoint_files import latest_step
-from utils.distributed import from_main, launcher_notes, main_first, start_processes, together
+from utils.distributed import from_main, main_first, start_processes, together
 from utils.errors import InputError, Interrupt
 from utils.files import require_disk
-from utils.images import save_png
 from utils.locks import JobLock
 from utils.memory import frozen_garbage, peak_gib
 from utils.provenance import made_by
@@ -65,10 +63,10 @@ class Run:
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.is_main, self.device = self.accelerator.is_main_process, self.accelerator.device
         self.folder = run_folder.run_folder(args)
-        self.trackers, self._handlers, self._saver = [], [], None
+        self.autocast_dtype, self.notes = AUTOCAST[args.mixed_precision], set_numerics(args, self.device)
+        self._reports, self._saver = None, None  # on rank 0, once the folder is open
         self._window, self._stopping = Window(self.device), Stopping(args.max_hours, self._what_stays)
         self._lock = JobLock(self.folder / run_folder.LOCK)
-        self._set_numerics()
         with main_first():
             if args.batch_size % self.world_size:
                 raise InputError(f"--batch-size: {args.batch_size} images do not divide by {self.world_size} processes")
@@ -95,11 +93,8 @@ class Run:
             self.wait()
         if self._saver is not None and not (kind and issubclass(kind, KeyboardInterrupt)):
             self._saver.wait()
-        for tracker in self.trackers:
-            tracker.finish()
-        for handler in self._handlers:
-            logging.getLogger().removeHandler(handler)
-            handler.close()
+        if self._reports is not None:
+            self._reports.close()
         self._lock.release()
 
     # ------------------------------------------------------------------ processes
@@ -139,26 +134,6 @@ class Run:
 
     # ------------------------------------------------------------------ numerics
 
-    def _set_numerics(self) -> None:
-        args = self.args
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
-        self.autocast_dtype = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
-        self.notes = []
-        if self.autocast_dtype is torch.float16 and self.device.type == "cpu":
-            self.notes.append("--mixed-precision fp16 is slow on a CPU; 'no' computes in float32")
-        if args.compile is None:
-            args.compile = self.device.type == "cuda"
-        if args.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
-            torch.backends.cudnn.benchmark = False
-        steps = str(args.gradient_accumulation_steps)
-        self.notes += launcher_notes(
-            mixed_precision=(args.mixed_precision, f"--mixed-precision {args.mixed_precision}"),
-            gradient_accumulation_steps=(steps, f"--gradient-accumulation-steps {steps}"),
-            dynamo_backend=("inductor" if args.compile else "no", "--compile" if args.compile else "--no-compile"),
-        )
-
     def autocast(self) -> torch.autocast:
         """For network passes; losses stay outside."""
         enabled = self.autocast_dtype is not None
@@ -175,7 +150,7 @@ class Run:
 
     def batches(self, data) -> Iterator:
         """This process's micro-batches of a data set, on its device, from the step where the run starts."""
-        args = self.args
+        args, self._num_images = self.args, len(data)
         loader = batches(
             data,
             batch_size=args.batch_size,
@@ -187,27 +162,6 @@ class Run:
             pin_memory=self.device.type == "cuda",
         )
         return Ahead(loader, self.device, self._window.add_wait)
-
-    def settle_classes(self, data: ImageData, checkpoint: dict | None) -> None:
-        """Give `args.num_classes` its value where the flag was not given, and note the classes that the run sees.
-
-        That is the number of the checkpoint that the run resumes, else the data folder's own. `args.seen_classes`
-        goes into args.json and the checkpoint: samples are drawn from these, not from classes that were never trained.
-
-        Raises:
-            InputError: the data has more classes than the checkpoint.
-        """
-        args = self.args
-        if args.num_classes is None:
-            earlier = checkpoint and checkpoint["args"].get("num_classes")
-            args.num_classes = earlier or data.num_classes
-        if (largest := int(data.labels.max())) >= args.num_classes:
-            found = f"the largest label in {data.folder} is {largest}"
-            raise InputError(f"--data-dir: {found}; the checkpoint was trained with {args.num_classes} classes")
-        args.seen_classes = class_ranges(data.labels)
-        if len(classes_of(args.seen_classes, args.num_classes)) < args.num_classes:
-            seen = f"the images of {data.folder} have the classes {args.seen_classes}"
-            self.notes.append(f"{seen} of 0-{args.num_classes - 1}: samples are drawn from these alone")
 
     # ------------------------------------------------------------------ the loop
 
@@ -260,7 +214,7 @@ class Run:
                     freeze()
                 stops = self._stopping.agreed() and done < self.total_steps
                 if stops or self._is_due(done, args.checkpointing_steps):
-                    self.save(done, partial(checkpoint, done))
+                    self._save_unless_bad(done, partial(checkpoint, done))
                 if stops:
                     raise self._stopped()
                 if evaluate is not None and self._is_due(done, args.eval_steps):
@@ -293,8 +247,10 @@ class Run:
     def _stopped(self) -> Interrupt:
         """How a run ends that was asked to stop, once its checkpoint is on the disk."""
         self._require_saved()
-        cause = self._stopping.cause or "a signal to another process"
-        return Interrupt(f"by {cause}, after step {self._done} with a checkpoint; --resume latest goes on from it")
+        cause, saved = self._stopping.cause or "a signal to another process", latest_step(self.folder)
+        on = f"--resume latest goes on from its checkpoint, of step {saved}"
+        stays = "there is no checkpoint" if saved is None else on
+        return Interrupt(f"by {cause}, after step {self._done}; {stays}")
 
     def _require_saved(self) -> None:
         """Wait until the newest checkpoint is on the disk; what hindered it is an error now, on every process."""
@@ -330,7 +286,11 @@ class Run:
 
     def read_checkpoint(self, need: tuple[str, ...]) -> dict | None:
         """The checkpoint that the run resumes, with these entries at least; None for a fresh run."""
-        return read_checkpoint(self.resume_from, need=need) if self.resume_from else None
+        if self.resume_from is None:
+            return None
+        checkpoint = read_checkpoint(self.resume_from, need=need)
+        self._window.load_state(checkpoint.get("window", {}))
+        return checkpoint
 
     def require_room(self, trained: list[nn.Module], copies: list[nn.Module]) -> None:
         """Refuse to start where not even one checkpoint fits: networks with two moments each, and copies without."""
@@ -340,17 +300,8 @@ class Run:
 
     def say_how(self, *, compiled: str) -> None:
         """One line on how the run computes, for its log; `compiled`: what is, where --compile holds."""
-        if not self.is_main:
-            return
-        args = self.args
-        share = f"{args.batch_size // self.world_size} on each of {self.world_size}"
-        micro = f", {args.gradient_accumulation_steps} times a step" if args.gradient_accumulation_steps > 1 else ""
-        card = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
-        exact = "TF32" if args.allow_tf32 and self.device.type == "cuda" else "float32"
-        precision = exact if self.autocast_dtype is None else f"{args.mixed_precision} autocast over {exact}"
-        compiling = f"compiled: {compiled}" if args.compile else "not compiled"
-        images = f"{args.batch_size} images a step = {share}{micro}"
-        logger.info("%s (%s, %d threads); %s; %s", images, card, torch.get_num_threads(), precision, compiling)
+        if self.is_main:
+            logger.info(how_it_computes(self.args, self.device, self.world_size, compiled=compiled))
 
     def open_folder(self, *, from_checkpoint: tuple[str, ...] = ()) -> None:
         """Make the folder, args.json, the log and the tracker. Everything that can be checked has been.
@@ -370,8 +321,7 @@ class Run:
             elif self.args.overwrite:
                 run_folder.clear(self.folder, self.args.logging_dir)
             run_folder.make(self.folder, self.args, self.start_step)
-            self._handlers = run_folder.open_log(self.folder)
-            self.trackers = open_trackers(self.args, self.folder, start_step=self.start_step)
+            self._reports = Reports(self.args, self.folder, start_step=self.start_step)
             for note in self.notes:
                 logger.warning(note)
             self._saver = Saver(
@@ -395,11 +345,11 @@ class Run:
             scalars: by name, of this process.
 
         Raises:
-            FloatingPointError: a loss of the row is not finite.
+            FloatingPointError: a network has stopped learning (`training.health`).
         """
-        self._window.add(scalars)
-        # A window also ends with a checkpoint: no loss that is not finite is saved, and a resumed run has equal rows.
         args, done = self.args, step + 1
+        self._window.add(done, scalars)
+        # A window also ends with a checkpoint: no loss that is not finite is saved, and a resumed run has equal rows.
         if not (self._is_due(done, args.log_steps) or self._is_due(done, args.checkpointing_steps)):
             return
 
@@ -408,38 +358,42 @@ class Run:
             peak = self.world_size * card_peak(half=self.autocast_dtype is not None, tf32=args.allow_tf32)
             row["mfu"] = row["images_per_second"] * self.flops_per_image / peak
         row["peak_memory_gib"] = peak_gib(self.device)
-        row |= {f"loss_scale_{name}": scaler.get_scale() for name, scaler in self._scalers.items()}
+        scales = {name: scaler.get_scale() for name, scaler in self._scalers.items()}
+        row |= {f"loss_scale_{name}": scale for name, scale in scales.items()}
         if self.is_main:
-            self._append(run_folder.METRICS, done, row)
-            self._progress.set_postfix({key: f"{row[key]:.4f}" for key in PROGRESS_LOSSES if key in row})
-        losses = {key: value for key, value in row.items() if key.endswith("loss")}
-        if not all(map(math.isfinite, losses.values())):
-            raise FloatingPointError(f"step {done}: a loss is not finite ({losses}); checkpoints before it are whole")
+            self._reports.row(run_folder.METRICS, done, row)
+            known = finite(row)
+            self._progress.set_postfix({key: f"{known[key]:.4f}" for key in PROGRESS_LOSSES if key in known})
+        require_learning(self._window, done, scales, self.folder, self._num_images, args)
 
     def log_evaluation(self, done: int, results: dict[str, float]) -> None:
         """Metrics of an evaluation to `evaluations.jsonl`, the log and the tracker; on rank 0."""
         if self.is_main:
-            self._append(run_folder.EVALUATIONS, done, results)
+            self._reports.row(run_folder.EVALUATIONS, done, results)
             logger.info("step %d: %s", done, ", ".join(f"{name} {value:.4g}" for name, value in results.items()))
 
     def log_pictures(self, done: int, pictures: dict[str, np.ndarray]) -> None:
         """Pictures uint8 (H, W, 3) by name, to `samples/` and to the tracker; on rank 0, and the others wait."""
-        for name, picture in pictures.items() if self.is_main else ():
-            save_png(picture, self.folder / "samples" / f"{done:07d}-{name}.png")
-            for tracker in self.trackers:
-                tracker.log_images({name: picture[None]}, step=done)
+        if self.is_main:
+            self._reports.pictures(done, pictures)
         self.wait()
+
+    def _save_unless_bad(self, done: int, contents: Callable[[], dict]) -> None:
+        """Save, where the step's losses are finite: else say so, and at the end of the run it is an error."""
+        window = self._window.state()  # of a stop between two rows
+        if not (infinite := self._window.infinite_losses()):
+            self.save(done, lambda: contents() | ({"window": window} if window else {}))
+            return
+        why = f"step {done}: no checkpoint is written; not finite: {', '.join(infinite)}"
+        if done == self.total_steps:
+            raise FloatingPointError(f"{why}; {what_now(self.folder, self.args)}")
+        if self.is_main:
+            logger.warning(why)
 
     def save(self, done: int, contents: Callable[[], dict]) -> None:
         """Begin to write the checkpoint after so many steps, on rank 0."""
         if self._saver is not None:
             self._saver.save(done, contents() | {"made_by": self._made_by})
-
-    def _append(self, file: str, done: int, row: dict[str, float]) -> None:
-        with (self.folder / file).open("a") as lines:
-            lines.write(json.dumps({"step": done, **row}) + "\n")
-        for tracker in self.trackers:
-            tracker.log(row, step=done)
 
     def wait(self) -> None:
         if self.world_size > 1:

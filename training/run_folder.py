@@ -3,9 +3,7 @@
 import argparse
 import itertools
 import json
-import logging
 import shutil
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,9 +13,9 @@ from utils.checkpoint_files import checkpoint_path, checkpoint_steps, find_check
 from utils.errors import InputError, about
 from utils.files import require_writable, write_json
 
-METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
+METRICS, EVALUATIONS, BAD_STEPS = "metrics.jsonl", "evaluations.jsonl", "bad-step-*.json"
 LOCK = "run.lock"  # held by the job that trains
-# What a run puts into its folder; `--overwrite` removes these, the tracker's folder and nothing else.
+# What a run puts into its folder; `--overwrite` removes these, BAD_STEPS, the tracker's folder and nothing else.
 RUN_FILES = ("args.json", "checkpoints", "samples", METRICS, EVALUATIONS, "log.txt", "latents-stats.pt", WANDB_RUN)
 # How a run goes on may differ from how it began; and what is no flag.
 FREE_TO_CHANGE = (
@@ -113,9 +111,15 @@ def clear(folder: Path, logging_dir: str) -> None:
     """Remove an earlier run of this name, and nothing else: a --logging-dir that lies elsewhere is left alone."""
     logs = folder / logging_dir
     inside = folder.resolve() in logs.resolve().parents
-    for path in (*(folder / name for name in RUN_FILES), *([logs] if inside else [])):
+    named = *(folder / name for name in RUN_FILES), *folder.glob(BAD_STEPS)
+    for path in (*named, *([logs] if inside else [])):
         is_folder = path.is_dir() and not path.is_symlink()  # of a link the link alone goes
         shutil.rmtree(path) if is_folder else path.unlink(missing_ok=True)
+
+
+def bad_step_path(folder: Path, done: int) -> Path:
+    """Of the record of a step, counted from 1, that ended a run."""
+    return folder / BAD_STEPS.replace("*", f"{done:07d}")
 
 
 def set_aside_after(folder: Path, step: int) -> list[str]:
@@ -168,24 +172,3 @@ def _forget_rows_after(folder: Path, step: int) -> None:
         lines = path.read_text().splitlines(keepends=True)
         whole = [line for line in lines if line.endswith("\n")]  # a killed job may leave a part of one
         path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
-
-
-def open_log(folder: Path) -> list[logging.Handler]:
-    """Messages go to `log.txt` and to stderr; returns the handlers, for whoever ends the run."""
-    root = logging.getLogger()
-    root.setLevel(logging.INFO)
-    handlers = [_LogFile(folder / "log.txt"), logging.StreamHandler(sys.stderr)]
-    for handler in handlers:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-        root.addHandler(handler)
-    for noisy in ("httpx", "filelock", "PIL", "wandb"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    return handlers
-
-
-class _LogFile(logging.FileHandler):
-    """A log that a full disk does not disturb: the line is on stderr too."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        if not isinstance(sys.exc_info()[1], OSError):
-            super().handleError(record)

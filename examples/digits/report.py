@@ -54,12 +54,14 @@ CURVES = {
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
-    """Rows of a run's evaluations.jsonl, if there is one, then those of its metrics.jsonl; each has `step`."""
+    """Rows of a run's evaluations.jsonl, if there is one, then those of its metrics.jsonl; each has `step`, and what
+    was not finite is left out."""
     path = run / "metrics.jsonl"
     if not path.is_file() or not path.read_text():
         raise InputError(f"--folder: {path} is missing or empty; run.sh must run to its end first")
     files = filter(Path.is_file, (run / "evaluations.jsonl", path))
-    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    return [{name: value for name, value in row.items() if value is not None} for row in rows]
 
 
 def read_samples(folder: Path, run: str) -> tuple[Path, float, np.ndarray, np.ndarray]:
@@ -161,7 +163,7 @@ def print_table(folder: Path, seconds: dict[str, int], metrics: dict[str, list[d
     for stage, spent in seconds.items():
         where, scalars = STAGES[stage]
         last = metrics[stage][-1] if stage in metrics else {}
-        losses = "  ".join(f"{name} {last[name]:.4f}" for name in scalars)
+        losses = "  ".join(f"{name} {last[name]:.4f}" for name in scalars if name in last)
         print(row(stage, last.get("step", ""), spent, losses, folder / where))
     print(row("in all", "", sum(seconds.values()), "", "").rstrip() + "\n")
 

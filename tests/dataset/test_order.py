@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dataset.data import ImageData
-from dataset.order import batches, batches_per_epoch
+from dataset.order import batches, batches_per_epoch, global_batch
 from tests.support import small
 from tests.support.refusals import refusal
 
@@ -51,6 +51,12 @@ def test_every_epoch_is_another_permutation():
     assert epochs[0] != epochs[1] != epochs[2]
     assert take(1, batches(Indices(51), batch_size=10, seed=1)) != order[:1]
     assert sorted(flat(take(5, batches(Indices(50), batch_size=10, seed=0)))) == list(range(50))
+
+
+def test_a_batch_is_known_by_its_number():
+    """Over an epoch's end."""
+    order = take(8, batches(Indices(50), batch_size=8, seed=3))
+    assert [global_batch(50, batch_size=8, seed=3, number=number) for number in range(8)] == order
 
 
 def test_the_order_stays_what_it_was():

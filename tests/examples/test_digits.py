@@ -168,14 +168,19 @@ def test_the_report_shows_losses_readings_and_seconds(data, capsys):
     row = {"reconstruction_loss": 0.125, "vae_align_loss": -0.5, "proj_loss": -0.5, "denoising_loss": 1.0}
     for run in ("vae", "repae", "ldm"):
         (data / "exps" / run).mkdir(parents=True)
-        rows = [json.dumps({"step": step, **row}) for step in (1, 2)]
+        rows = [json.dumps({"step": 1, **row}), json.dumps({"step": 2, **row, "proj_loss": None})]  # null: not finite
         (data / "exps" / run / "metrics.jsonl").write_text("\n".join(rows) + "\n")
         (data / "exps" / run / "evaluations.jsonl").write_text(json.dumps({"step": 2, report.FD: 50.0}) + "\n")
     (data / "seconds.tsv").write_text("train_vae\t3\ntrain_repae\t4\n")
 
     report.main(["--folder", str(data)])
     out = capsys.readouterr().out
-    assert "reconstruction_loss 0.1250" in out and "in all" in out and "100.0%   12.2 REPA-E samples" in out
+    assert (
+        "reconstruction_loss 0.1250" in out
+        and "proj_loss" not in out
+        and "in all" in out
+        and "100.0%   12.2 REPA-E samples" in out
+    )
     assert "  0.0%   12.2 samples of the LDM" in out
     for name in ("samples.png", "report.png"):
         with Image.open(data / name) as image:

@@ -27,3 +27,10 @@ def test_lecam_buffers_survive_a_checkpoint():
     second.load_state_dict(first.state_dict())
     _, terms = second(torch.full((2,), 3.0), torch.full((2,), -1.0), 1)
     assert terms["lecam_loss"].item() == (3.0 + 0.5) ** 2 + (1.5 + 1.0) ** 2
+
+
+def test_logits_that_are_not_finite_do_not_move_lecams_means():
+    loss = DiscriminatorLoss(VAELossConfig(lecam_regularization_weight=1.0, lecam_ema_decay=0.5))
+    loss(torch.full((2,), 3.0), torch.full((2,), -1.0), 0)
+    loss(torch.tensor([float("nan"), 1.0]), torch.full((2,), float("-inf")), 1)
+    assert loss.state_dict() == {"real_logits_mean": torch.tensor([1.5]), "fake_logits_mean": torch.tensor([-0.5])}

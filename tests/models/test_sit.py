@@ -1,6 +1,7 @@
 """SiT against the public implementation: outputs, losses, gradients, normaliser, state-dict names."""
 
 import json
+import math
 import zlib
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from loss.alignment import alignment_loss
 from loss.velocity import velocity_loss
 from models.interpolant import interpolate, time_from_draw
-from models.sit import SiT, SiT_models, sincos_positions
+from models.sit import LatentNorm, SiT, SiT_models, sincos_positions
 from models.sit_files import config_of_state_dict
 from tests.support.golden_data import GOLDEN, close, fill, filled, load
 
@@ -170,6 +171,18 @@ def test_normaliser_equals_torch_batch_norm():
     close(sit.bn.running_var, oracle.running_var.numpy(), 1e-6)
     assert sit.bn.num_batches_tracked == 3
     close(sit.eval().normalize(z), oracle.eval()(z).numpy(), 1e-6)
+
+
+def test_a_batch_that_is_not_finite_does_not_move_the_normaliser():
+    norm = LatentNorm(3, eps=1e-4, momentum=0.1, affine=False)
+    z = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    norm(z)
+    before = {key: value.clone() for key, value in norm.state_dict().items()}
+    z[0, 1, 0, 0], z[0, 2, 0, 0] = math.nan, math.inf
+    norm(z)
+    for key in ("running_mean", "running_var"):
+        assert torch.equal(norm.state_dict()[key][1:], before[key][1:])
+        assert norm.state_dict()[key][0] != before[key][0]  # the channel whose values were
 
 
 def test_filled_weights_are_stable():

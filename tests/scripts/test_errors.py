@@ -289,11 +289,15 @@ def test_a_full_disk_stops_a_run_in_one_line(place, tmp_path, monkeypatch, capsy
     assert stopped.value.code == 1 and "0000001.pt: not written: no space left" in said
 
 
-def test_a_run_that_diverges_stops_in_one_line_before_a_bad_checkpoint(place, tmp_path, capsys):
+def test_a_run_that_diverges_writes_no_bad_checkpoint_and_fails(place, tmp_path, capsys):
+    """At its first checkpoint a line says so; at its end it is an error."""
     argv = small.ldm_options(place, tmp_path, "run", learning_rate=1e30, log_steps=1, checkpointing_steps=2)
     with pytest.raises(SystemExit) as stopped:
         train_ldm_only.main(argv)
     assert stopped.value.code == 1
-    said = [line for line in capsys.readouterr().err.splitlines() if "stopped" in line]
-    assert len(said) == 1 and "a loss is not finite" in said[0]
+    bad = "no checkpoint is written; not finite: sit_loss, denoising_loss, proj_loss"
+    log = (tmp_path / "run" / "log.txt").read_text().splitlines()
+    assert [line.split(" ", 1)[1] for line in log if "not finite" in line] == [f"step 2: {bad}"]
+    (said,) = (line for line in capsys.readouterr().err.splitlines() if "stopped" in line)
+    assert f"stopped: step 4: {bad}; there is no checkpoint yet; to try: lower learning rates" in said
     assert not list((tmp_path / "run" / "checkpoints").glob("*.pt"))

@@ -56,11 +56,11 @@ def interrupting(method, call: int, number: int = signal.SIGINT):
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_run_stops_with_a_checkpoint(number, place, tmp_path, stopped, monkeypatch):
-    options = dict(max_train_steps=6, checkpointing_steps=6, num_preview=2, sampling_steps=3, **PLAIN)
+    options = dict(max_train_steps=6, checkpointing_steps=6, log_steps=5, num_preview=2, sampling_steps=3, **PLAIN)
     with monkeypatch.context() as patch:
         patch.setattr(Run, "log", interrupting(Run.log, 3, number))
         line = stopped(train_ldm_only.main, small.ldm_options(place, tmp_path, "run", **options), REQUEUE)
-    assert line.endswith(f"by {number.name}, after step 3 with a checkpoint; --resume latest goes on from it")
+    assert line.endswith(f"by {number.name}, after step 3; --resume latest goes on from its checkpoint, of step 3")
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["0000003.pt"]
     for name in ("run", "whole"):
         train_ldm_only.main(small.ldm_options(place, tmp_path, name, resume="latest", **options))
@@ -73,12 +73,13 @@ def test_a_run_stops_with_a_checkpoint(number, place, tmp_path, stopped, monkeyp
 def test_the_clock_stops_a_run_as_a_signal_does(place, tmp_path, stopped):
     argv = small.ldm_options(place, tmp_path, "run", max_hours=1e-6, **PLAIN)
     line = stopped(train_ldm_only.main, argv, REQUEUE)
-    assert line.endswith("by --max-hours 1e-06, after step 1 with a checkpoint; --resume latest goes on from it")
+    assert line.endswith("by --max-hours 1e-06, after step 1; --resume latest goes on from its checkpoint, of step 1")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, REQUEUE)])
 def test_a_second_signal_stops_at_once(number, code, place, tmp_path, stopped, monkeypatch):
     monkeypatch.setattr("training.stopping.SAME_SIGNAL_SECONDS", 0)
+    monkeypatch.setattr("training.saver.free_bytes", lambda: 0)  # no copy: the file is whole when `save` returns
     for checkpointing_steps, said in (
         (9, "after step 2; there is no checkpoint yet, and no step of it stays"),
         (2, "after step 2; --resume latest goes on from its last checkpoint, of step 2"),

@@ -171,7 +171,8 @@ def test_a_row_averages_the_steps_since_the_last(whole, place, tmp_path):
     each = small.metrics(*whole("train_ldm_only", gradient_accumulation_steps=1))
     rows = small.metrics(tmp_path, "run")
     assert [row["step"] for row in rows] == [3, 4]
-    assert list(each[0]) == ["step", "sit_loss", "denoising_loss", "proj_loss", "grad_norm_sit"]
+    scalars = ["sit_loss", "denoising_loss", "proj_loss", "grad_norm_sit", "skipped_steps_sit"]
+    assert list(each[0]) == ["step", *scalars]
     for name in each[0].keys() - {"step"}:
         assert rows[0][name] == pytest.approx(np.mean([row[name] for row in each[:3]]), rel=1e-6)
         assert rows[1][name] == each[3][name]

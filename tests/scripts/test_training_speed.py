@@ -19,6 +19,7 @@ from utils.parts import Part
 SCRIPTS = {"train_repae": train_repae, "train_ldm_only": train_ldm_only, "train_vae": train_vae}
 NETWORKS = {"train_repae": "vae,sit", "train_ldm_only": "sit", "train_vae": "vae"}
 OF_THE_VAE = {"vae_loss", "vae_align_loss", "reconstruction_loss", "d_loss", "grad_norm_vae", "grad_norm_disc"}
+OF_THE_VAE |= {"latent_std", "latent_std_ratio", "skipped_steps_vae", "skipped_steps_disc"}
 
 
 def train(script: str, place, output: Path, name: str, **options) -> None:

@@ -162,9 +162,14 @@ def checkpoint(output: Path, name: str, step: int) -> dict:
 
 
 def metrics(output: Path, name: str) -> list[dict]:
-    """The rows of metrics.jsonl without the speed, which no two runs share."""
-    rows = [json.loads(line) for line in (output / name / "metrics.jsonl").read_text().splitlines()]
+    """The rows of metrics.jsonl, which is JSON without NaN, and without the speed, which no two runs share."""
+    lines = (output / name / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=_refuse) for line in lines]
     return [{key: value for key, value in row.items() if key not in SPEEDS} for row in rows]
+
+
+def _refuse(constant: str):
+    raise AssertionError(f"{constant} is no JSON")
 
 
 def assert_same(actual, expected, where: str = "checkpoint") -> None:

@@ -1,8 +1,11 @@
 """The optimiser: clipping, and moments that follow the names of their parameters."""
 
+import math
+
 import pytest
 import torch
 
+from tests.support import small
 from training.optimizer import Optimizer
 from utils.checkpoint import write_checkpoint
 
@@ -34,6 +37,24 @@ def test_moments_follow_their_names(tmp_path):
     turned.load_state_dict(saved, optimizer.names, "1.pt: opt")
     moments = [turned.state_dict()["state"][index]["exp_avg"][0].item() for index in range(3)]
     assert moments == pytest.approx([0.3, 0.2, 0.1])
+
+
+@pytest.mark.parametrize("how", ["float32", "float32, fused as on CUDA", "fp16"])
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_step_with_a_bad_gradient_might_as_well_not_have_been(bad, how):
+    """Parameters, moments and the count of steps are, after a good step more, those of an optimiser that saw none."""
+    settings = dict(lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1, max_grad_norm=1.0)
+    ends = []
+    for gradients in ([1.0, bad, 3.0], [1.0, 3.0]):
+        parameter = torch.nn.Parameter(torch.ones(3))
+        optimizer = Optimizer([("p", parameter)], **settings, scale_loss=how == "fp16")
+        optimizer.adamw.param_groups[0]["fused"] = "fused" in how
+        for gradient in gradients:
+            optimizer.backward((torch.tensor([0.1, 0.2, gradient]) * parameter).sum())
+            norm = optimizer.step()
+            assert norm.isfinite() == math.isfinite(gradient) and parameter.grad is None
+        ends.append((parameter.data, optimizer.state_dict()["state"]))
+    small.assert_same(ends[0], ends[1])
 
 
 @pytest.mark.parametrize("overflows", [False, True])
