@@ -23,9 +23,15 @@ def start_processes():
     from accelerate import Accelerator
     from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
+    if asked := [name for variable, name in _PLUGINS.items() if _is_on(variable)]:
+        raise _not_plain(" and ".join(asked))
+
     # Rank 0 may download weights or measure a data set while the others wait.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=[patience])
+    # Precision and compiling are the scripts' own: a dynamo backend of accelerate's would switch TF32 on.
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(), mixed_precision="no", dynamo_backend="no", kwargs_handlers=[patience]
+    )
 
     # Without CUDA accelerate can take every process of a launcher for the only one, which would train as many runs.
     launched = int(os.environ.get("WORLD_SIZE", 1))
@@ -33,10 +39,28 @@ def start_processes():
         raise InputError(f"the launcher started {launched} processes, but each of them runs alone; use torchrun")
     plain = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
     if accelerator.distributed_type not in plain:
-        problem = f"accelerate is configured for {accelerator.distributed_type.value}"
-        advice = "run `accelerate config` again, or use torchrun"
-        raise InputError(f"{problem}; these scripts run plain data parallel: {advice}")
+        raise _not_plain(accelerator.distributed_type.value)
     return accelerator
+
+
+# What accelerate's launcher switches on in the environment. Left to accelerate, FSDP on a CPU is accepted without a
+# word, and the others end in a traceback wherever their packages are missing.
+_PLUGINS = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
+    "ACCELERATE_USE_SAGEMAKER": "SageMaker",
+}
+
+
+def _is_on(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() not in ("", "0", "false", "no", "off", "n", "f")
+
+
+def _not_plain(asked: str) -> InputError:
+    advice = "run `accelerate config` again, use a file of configs/accelerate, or torchrun"
+    return InputError(f"accelerate is configured for {asked}; these scripts run plain data parallel alone: {advice}")
 
 
 # What accelerate's launcher and its configuration file hand on in the environment, and its value where nobody chose it.

@@ -1,8 +1,57 @@
-"""What accelerate's launcher asks for: a line where it is the user's wish and not what the script does."""
+"""What accelerate's launcher asks for: refused, or a line where it is the user's wish and not what the script does."""
 
+import accelerate
 import pytest
 
-from utils.distributed import launcher_notes
+from utils.distributed import launcher_notes, start_processes
+from utils.errors import InputError
+
+
+class Built(Exception):
+    """The accelerator would have been."""
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """The arguments of the accelerator that `start_processes` asks for; none is built."""
+    arguments = {}
+
+    def build(**given):
+        arguments.update(given)
+        raise Built
+
+    monkeypatch.setattr(accelerate, "Accelerator", build)
+    return arguments
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "name"),
+    [
+        ("FSDP", "true", "FSDP"),
+        ("FSDP", "1", "FSDP"),  # accelerate reads it as on in one place, as off in others
+        ("DEEPSPEED", "true", "DeepSpeed"),
+        ("MEGATRON_LM", "True", "Megatron-LM"),
+        ("PARALLELISM_CONFIG", "true", "parallelism_config"),
+        ("SAGEMAKER", "true", "SageMaker"),
+    ],
+)
+def test_what_is_not_plain_data_parallel_is_refused_before_anything_starts(flag, value, name, built, monkeypatch):
+    monkeypatch.setenv(f"ACCELERATE_USE_{flag}", value)
+    with pytest.raises(InputError, match=f"configured for .*{name};.* plain data parallel"):
+        start_processes()
+
+
+@pytest.mark.parametrize("value", ["", "false", "False", "0"])
+def test_a_plugin_that_is_off_is_no_obstacle(value, built, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", value)
+    with pytest.raises(Built):
+        start_processes()
+
+
+def test_precision_and_compiling_are_not_left_to_the_environment(built):
+    with pytest.raises(Built):
+        start_processes()
+    assert built["mixed_precision"] == built["dynamo_backend"] == "no"
 
 
 @pytest.mark.parametrize(
