@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-BENCHMARKS := train_step sample cache data preprocess evaluate checkpoint
+BENCHMARKS := train_step sample cache data preprocess evaluate checkpoint scaling scaling_check
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart study test test-slow test-gpu bench lint clean
