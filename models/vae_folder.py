@@ -1,6 +1,5 @@
 """A VAE out of a diffusers folder, of its own or of a pipeline, on disk or by its name on the Hugging Face hub."""
 
-import json
 import re
 import zipfile
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from models.vae_architecture import kinds_by_name, require_same_network, vae_models
 from models.vae_state import PARTS, WEIGHTS, Say, check_fit, read_contents
 from utils.errors import InputError
+from utils.files import read_object
 from utils.network import reachable
 from utils.torch_files import is_stored_zip
 
@@ -43,7 +43,7 @@ def folder_by_shape(folder: Path) -> nn.Module:
     """The VAE of a diffusers folder without weights, on the meta device: its configuration alone is read."""
     folder, name = _own_folder(folder)
     with torch.device("meta"):
-        return kinds_by_name[name].from_config(json.loads((folder / "config.json").read_text()))
+        return kinds_by_name[name].from_config(read_object(folder / "config.json"))
 
 
 def _own_folder(folder: Path) -> tuple[Path, str]:
@@ -60,8 +60,8 @@ def _own_folder(folder: Path) -> tuple[Path, str]:
 
 def _class_name(folder: Path) -> str | None:
     try:
-        name = json.loads((folder / "config.json").read_text())["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
+        name = read_object(folder / "config.json").get("_class_name")
+    except InputError:
         return None
     return name if isinstance(name, str) else None
 

@@ -1,7 +1,6 @@
 """A VAE out of a file's tensors: where they lie in it, under which names, and which architecture they belong to."""
 
 import argparse
-import json
 import logging
 import re
 import zipfile
@@ -17,6 +16,7 @@ from models.vae_architecture import UNSEEN, build_vae, downsampling, public_shap
 from models.vae_keys import key_pairs
 from utils.distributed import rank
 from utils.errors import InputError
+from utils.files import read_object
 from utils.inert import read_inert
 from utils.torch_files import NotPlain, read_torch_file
 
@@ -166,10 +166,10 @@ def config_beside(path: Path, state: Mapping[str, Tensor], say: Say) -> Mapping 
     files = [path.parent / "diffusers" / "config.json", path.parent / "config.json"]
     for file in reversed(files) if of_diffusers else files:
         try:
-            config = json.loads(file.read_text())
-        except (OSError, ValueError):
+            config = read_object(file)
+        except InputError:
             continue
-        if not isinstance(config, dict) or config.get("_class_name") != "AutoencoderKL":
+        if config.get("_class_name") != "AutoencoderKL":
             continue
         try:
             problem = _problem(state, _on_meta(config))

@@ -1,7 +1,6 @@
 """A trained run, ours or public, as what sampling needs: SiT, the decoder, the latent statistics."""
 
 import contextlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from models.vae_files import vae_of_checkpoint
 from models.vae_folder import is_hub_name
 from utils.checkpoint import find_checkpoint, latest_step, read_checkpoint
 from utils.errors import InputError, about
+from utils.files import read_object
 from utils.modules import load_strictly
 
 BN_VARIANCE = "bn.running_var"
@@ -146,13 +146,8 @@ def _stored_args(run_dir: Path | None) -> dict:
     if run_dir is None:
         return {}
     file = run_dir / "args.json"
-    try:
-        args = json.loads(file.read_text()) if file.is_file() else {}
-    except ValueError:
-        args = None
-    if not isinstance(args, dict):
-        raise InputError(f"--exp-path: {file} holds no JSON object; the options of the training run are needed")
-    return args
+    with about("--exp-path"):
+        return read_object(file) if file.is_file() else {}
 
 
 def _step(contents: dict, path: Path) -> int:

@@ -11,7 +11,7 @@ from configs.parsing import flag_of
 from training.trackers import WANDB_RUN
 from utils.checkpoint import find_checkpoint, latest_step
 from utils.errors import InputError, about
-from utils.files import require_writable, write_json
+from utils.files import read_object, require_writable, write_json
 
 METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
 # What a run puts into its folder; `--overwrite` removes these, the tracker's folder and nothing else.
@@ -84,7 +84,7 @@ def changed_flags(
 ) -> list[str]:
     """Notes on flags that had other values in the run's earlier part; those `from_checkpoint` are not read again."""
     file = folder / "args.json"
-    before = json.loads(file.read_text()) if file.is_file() else {}
+    before = read_object(file) if file.is_file() else {}
     changed = {key: value for key, value in vars(args).items() if key in before and before[key] != value}
     notes = []
     for key, value in changed.items():

@@ -5,7 +5,9 @@ out of the archive; a compressed member is read as a stream instead. The format 
 `arr_0`: uint8 (N, H, W, 3).
 """
 
+import math
 import mmap
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -17,8 +19,24 @@ from utils.errors import InputError
 from utils.files import atomic_write
 
 BLOCK_BYTES = 16 << 20
-# What zipfile, zlib and numpy raise on a damaged file.
-_BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError, ValueError)
+# What zipfile, zlib and numpy, which reads headers as Python's literals, raise on a damaged or made-up file.
+_BROKEN = (
+    zipfile.BadZipFile,
+    zlib.error,
+    tokenize.TokenError,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # numpy's; of others zipfile unpacks a block of any size at once
+_WHOLE = 1 << 29  # bytes of a compressed array that is taken into memory as a whole
 
 
 class CompressedArray:
@@ -30,7 +48,7 @@ class CompressedArray:
     def __init__(self, archive: zipfile.ZipFile, info: zipfile.ZipInfo, start: int, shape: tuple, dtype: np.dtype):
         self.shape, self.dtype, self.ndim = shape, dtype, len(shape)
         self._path, self._start = archive.filename, start
-        self._row_bytes = dtype.itemsize * int(np.prod(shape[1:], dtype=np.int64))
+        self._row_bytes = dtype.itemsize * math.prod(shape[1:])
         self._stream = archive.open(info)
 
     def __len__(self) -> int:
@@ -42,7 +60,7 @@ class CompressedArray:
         count = max(last - first, 0)
         try:
             self._stream.seek(self._start + first * self._row_bytes)
-            data = bytearray(self._stream.read(count * self._row_bytes))
+            data = self._stream.read(count * self._row_bytes)
         except _BROKEN as error:
             raise InputError(f"{self._path}: a compressed array cannot be read ({error})") from error
         if len(data) != count * self._row_bytes:
@@ -50,6 +68,7 @@ class CompressedArray:
         return np.frombuffer(data, self.dtype).reshape(count, *self.shape[1:])
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        _require_whole(self._path, len(self) * self._row_bytes)
         return np.asarray(self[:], dtype=dtype)
 
 
@@ -84,14 +103,20 @@ def open_npy(path: str | Path) -> np.ndarray:
     Raises:
         InputError: no such array, a truncated one, or pickled objects.
     """
+    if not Path(path).is_file():  # a pipe would block
+        raise InputError(f"{path}: no such file")
     try:
-        return np.lib.format.open_memmap(path, mode="r")
+        with np.errstate(over="raise"):  # a shape whose size passes 2^63
+            return np.lib.format.open_memmap(path, mode="r")
     except _BROKEN as error:
-        raise InputError(f"{path} is not a readable .npy array ({error})") from error
+        raise InputError(f"{path}: damaged or not a .npy array (an interrupted copy?): {error}") from None
 
 
 def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray | CompressedArray:
     where = f"{archive.filename}: member {info.filename!r}"
+
+    if info.compress_type not in _METHODS:
+        raise InputError(f"{where} is packed in a way that numpy does not write; numpy.savez is needed")
 
     # The .npy header: shape, order and type, and where the data begin.
     try:
@@ -100,20 +125,35 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray | Com
             read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
             shape, fortran, dtype = read_header[version](stream)
             start = stream.tell()
-    except (*_BROKEN, KeyError) as error:
-        raise InputError(f"{where} is not a readable .npy array ({error})") from error
+    except _BROKEN as error:
+        raise InputError(f"{where} is not a readable .npy array ({error})") from None
     if dtype.hasobject:
         raise InputError(f"{where} holds pickled objects, which are never loaded; plain numeric arrays are needed")
-    if info.file_size != start + dtype.itemsize * int(np.prod(shape, dtype=np.int64)):
+    if min(shape, default=0) < 0 or info.file_size != start + dtype.itemsize * math.prod(shape):
         raise InputError(f"{where} has {info.file_size - start} bytes, which does not fit {dtype} {shape}")
 
-    # The data: in place, at once, or as a stream.
-    if info.compress_type == zipfile.ZIP_STORED and 0 not in shape:
-        return _mapped(archive, info, start, shape, "F" if fortran else "C", dtype)
-    if fortran or not shape or 0 in shape:
+    # The data: none, in place, at once, or as a stream.
+    try:
+        if dtype.itemsize * math.prod(shape) == 0:
+            return np.zeros(shape, dtype)
+        if info.compress_type == zipfile.ZIP_STORED:
+            return _mapped(archive, info, start, shape, "F" if fortran else "C", dtype)
+        if not fortran and shape:
+            return CompressedArray(archive, info, start, shape, dtype)
+        _require_whole(where, info.file_size)
         with archive.open(info) as stream:
             return np.lib.format.read_array(stream, allow_pickle=False)
-    return CompressedArray(archive, info, start, shape, dtype)
+    except InputError:
+        raise
+    except _BROKEN as error:
+        raise InputError(f"{where} cannot be read ({error})") from None
+
+
+def _require_whole(what: str, size: int) -> None:
+    """Refuse to unpack so much at once: a small file may hold any number of zeros."""
+    if size > _WHOLE:
+        problem = f"{what}: {size / 1e9:.3g} GB of a compressed array are needed at once"
+        raise InputError(f"{problem}, {_WHOLE / 1e9:.2g} are taken; numpy.savez writes it uncompressed")
 
 
 def _mapped(archive, info, start, shape, order, dtype) -> np.memmap:
