@@ -12,6 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -103,50 +104,64 @@ def open_npy(path: str | Path) -> np.ndarray:
     Raises:
         InputError: no such array, a truncated one, or pickled objects.
     """
-    if not Path(path).is_file():  # a pipe would block
+    path = Path(path)
+    if not path.is_file():  # a pipe would block
         raise InputError(f"{path}: no such file")
     try:
-        with np.errstate(over="raise"):  # a shape whose size passes 2^63
-            return np.lib.format.open_memmap(path, mode="r")
+        with path.open("rb") as file:
+            shape, order, dtype = _read_header(file)
+            start = file.tell()
+        size = dtype.itemsize * math.prod(shape)
+        if path.stat().st_size < start + size:
+            raise ValueError(f"{path.stat().st_size - start} bytes are too few for {dtype} {shape}")
+        return np.memmap(path, dtype, "r", start, shape, order) if size else np.zeros(shape, dtype)
     except _BROKEN as error:
         raise InputError(f"{path}: damaged or not a .npy array (an interrupted copy?): {error}") from None
 
 
+def _read_header(stream: BinaryIO) -> tuple[tuple[int, ...], str, np.dtype]:
+    """Shape, order ("C" or "F") and type of an `.npy`, whose data follow; what numpy itself may crash on is refused.
+
+    Raises:
+        Exception: of many kinds, which `_BROKEN` lists.
+    """
+    version = np.lib.format.read_magic(stream)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+    shape, fortran, dtype = read(stream)
+    if dtype.hasobject:
+        raise ValueError("it holds pickled objects, which are never loaded; plain numeric arrays are needed")
+    if dtype.itemsize == 0 or min(shape, default=0) < 0:
+        raise ValueError(f"{dtype} {shape} is no array of numbers")
+    return shape, "F" if fortran else "C", dtype
+
+
 def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray | CompressedArray:
     where = f"{archive.filename}: member {info.filename!r}"
-
     if info.compress_type not in _METHODS:
         raise InputError(f"{where} is packed in a way that numpy does not write; numpy.savez is needed")
-
-    # The .npy header: shape, order and type, and where the data begin.
     try:
+        # Where the data begin, and whether they are all there.
         with archive.open(info) as stream:
-            version = np.lib.format.read_magic(stream)
-            read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-            shape, fortran, dtype = read_header[version](stream)
+            shape, order, dtype = _read_header(stream)
             start = stream.tell()
-    except _BROKEN as error:
-        raise InputError(f"{where} is not a readable .npy array ({error})") from None
-    if dtype.hasobject:
-        raise InputError(f"{where} holds pickled objects, which are never loaded; plain numeric arrays are needed")
-    if min(shape, default=0) < 0 or info.file_size != start + dtype.itemsize * math.prod(shape):
-        raise InputError(f"{where} has {info.file_size - start} bytes, which does not fit {dtype} {shape}")
+        size = dtype.itemsize * math.prod(shape)
+        if info.file_size != start + size:
+            raise ValueError(f"{info.file_size - start} bytes do not fit {dtype} {shape}")
 
-    # The data: none, in place, at once, or as a stream.
-    try:
-        if dtype.itemsize * math.prod(shape) == 0:
+        # None, in place, as a stream, or at once.
+        if size == 0:
             return np.zeros(shape, dtype)
         if info.compress_type == zipfile.ZIP_STORED:
-            return _mapped(archive, info, start, shape, "F" if fortran else "C", dtype)
-        if not fortran and shape:
+            return _mapped(archive, info, start, shape, order, dtype)
+        if order == "C" and shape:
             return CompressedArray(archive, info, start, shape, dtype)
-        _require_whole(where, info.file_size)
+        _require_whole(where, size)
         with archive.open(info) as stream:
             return np.lib.format.read_array(stream, allow_pickle=False)
     except InputError:
         raise
     except _BROKEN as error:
-        raise InputError(f"{where} cannot be read ({error})") from None
+        raise InputError(f"{where} is not a readable .npy array ({error})") from None
 
 
 def _require_whole(what: str, size: int) -> None:
