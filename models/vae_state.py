@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from models.vae_architecture import UNSEEN, build_vae, downsampling, public_shapes, vae_models
+from models.vae_architecture import UNSEEN, build_vae, downsampling, public_shapes, require_modest, vae_models
 from models.vae_keys import key_pairs
 from utils.distributed import rank
 from utils.errors import InputError
@@ -33,6 +33,7 @@ _STATISTICS = ("latents_mean", "latents_std")  # of particular weights, in a con
 CONTAINERS = ("state_dict", "model", "vae", "ema")
 _OUR_RECORD = ("vae_config", "args", "format", "steps")  # of a training checkpoint; `recorded_config` reads it
 _MARK = "decoder.conv_in.weight"  # every VAE has it, under LDM's names as under diffusers'
+_DEEPEST = 5  # containers in containers; one may hold itself
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 _PREFIX = re.compile(rf"((?:{'|'.join((*CONTAINERS, 'first_stage_model'))})\.)*")
 _WRAPPER = re.compile(r"(?<![^.])(?:module|_orig_mod)\.")  # DistributedDataParallel and torch.compile, at any depth
@@ -57,7 +58,7 @@ def read_contents(path: Path, say: Say) -> dict:
 
         try:
             return safetensors.torch.load_file(path)
-        except (safetensors.SafetensorError, OSError) as error:
+        except Exception as error:  # a header may name types that torch lacks, or sizes that nothing has
             raise InputError(f"{path} is no readable .safetensors file ({error})") from None
     try:
         return read_torch_file(path)
@@ -128,7 +129,7 @@ def find_state(contents: Mapping, what: str, say: Say = log_line) -> dict[str, T
 
 def _entries(contents: Mapping, where: str = "") -> Iterator[tuple[str, object, object]]:
     for key, value in contents.items():
-        if key in CONTAINERS and isinstance(value, Mapping):
+        if key in CONTAINERS and isinstance(value, Mapping) and where.count(".") < _DEEPEST:
             yield from _entries(value, f"{where}{key}.")
         else:
             # To print a tuple of tuples can take forever.
@@ -231,7 +232,7 @@ def _widths(state: Mapping[str, Tensor]) -> list[int]:
 def _levels(state: Mapping[str, Tensor]) -> int:
     """Resolutions that the encoder passes through, each half of the one before; LDM or diffusers keys."""
     matches = [re.match(r"encoder\.down(?:_blocks)?\.(\d+)\.", key) for key in state]
-    return 1 + max((int(match[1]) for match in matches if match), default=0)
+    return max(len({match[1] for match in matches if match}), 1)  # the numbers themselves may be of any size
 
 
 # The network
@@ -275,6 +276,7 @@ def check_fit(channels: int, levels: int, config: Mapping, what: str, wanted: st
 
 
 def _on_meta(config: Mapping, what: str = "its configuration") -> AutoencoderKL:
+    require_modest(config, what)
     try:
         with torch.device("meta"):
             return build_vae(config)
