@@ -87,6 +87,9 @@ def find_state(contents: Mapping, what: str, say: Say = log_line) -> dict[str, T
     Raises:
         InputError: no VAE, more than one, something in it that is no tensor of floating point.
     """
+    if not isinstance(contents, Mapping):
+        raise InputError(f"{what} is a {type(contents).__name__}; a dict of tensors is needed")
+
     # Every entry as (the dict it lies in, its name there without wrappers, its value).
     entries = [(where, _WRAPPER.sub("", str(key)), value) for where, key, value in _entries(contents)]
     found = {(where, key.removesuffix(_MARK)) for where, key, _ in entries if re.search(rf"(^|\.){_MARK}$", key)}

@@ -16,10 +16,12 @@ from models.vae_files import vae_of_checkpoint
 from models.vae_folder import is_hub_name
 from utils.checkpoint import find_checkpoint, latest_step, read_checkpoint
 from utils.errors import InputError, about
-from utils.files import read_object
+from utils.files import read_object, require_kinds
 from utils.modules import load_strictly
 
-BN_VARIANCE = "bn.running_var"
+BN = BN_MEAN, BN_VARIANCE = "bn.running_mean", "bn.running_var"
+PATHS = ("linear", "cosine")
+_KINDS = dict(model=str, num_classes=int, path_type=str, seen_classes=str, vae=str, vae_ckpt=str)
 SD_VAE_CHANNELS, SD_VAE_SCALE = 4, 0.18215  # as SiT and REPA multiply SD-VAE's latents
 
 
@@ -80,6 +82,10 @@ def load_trained(
     path = _checkpoint_of(exp_path, train_steps)
     contents = read_checkpoint(path, need=())
     args = _stored_args(_run_folder(path)) | contents.pop("args")
+    args = {key: value for key, value in args.items() if value is not None}
+    require_kinds(args, f"the training options of {path}", **_KINDS)
+    if (path_type := args.get("path_type", PATHS[0])) not in PATHS:
+        raise InputError(f"the training options of {path}: path_type is {path_type!r}; {' or '.join(PATHS)} is needed")
     state, notes = find_sit_state(contents, path, ema=ema)
     with torch.device("meta") if by_shape else contextlib.nullcontext():
         weights = {key: value.to("meta") for key, value in state.items()} if by_shape else state
@@ -153,7 +159,7 @@ def _stored_args(run_dir: Path | None) -> dict:
 def _step(contents: dict, path: Path) -> int:
     """Of the file's name, as in a run's folder; else as the checkpoint says; else 0."""
     steps = path.stem if path.stem.isdecimal() else contents.get("steps", 0)
-    return int(steps) if isinstance(steps, int | str) else 0
+    return int(steps) if str(steps).isdecimal() else 0
 
 
 def _build_sit(state: dict[str, Tensor], args: dict, path: Path) -> SiT:
@@ -207,6 +213,8 @@ def _latent_stats(
     if BN_VARIANCE in state:
         jointly = "vae" in contents
         norm = state if jointly or "model" not in contents else find_sit_state(contents, path, ema=False)[0]
+        if any(norm[key].shape != state[key].shape for key in BN if key in norm) or not norm.keys() >= {*BN}:
+            raise InputError(f"{path}: model has no normaliser as the average's; {' and '.join(BN)} are needed")
         own = latent_stats_of(norm)
         apart = None if stored is None else difference(own, stored)
         if apart is None:

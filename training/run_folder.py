@@ -10,8 +10,10 @@ from pathlib import Path
 from configs.parsing import flag_of
 from training.trackers import WANDB_RUN
 from utils.checkpoint import find_checkpoint, latest_step
-from utils.errors import InputError, about
+from utils.errors import InputError, about, printable
 from utils.files import read_object, require_writable, write_json
+
+logger = logging.getLogger(__name__)
 
 METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
 # What a run puts into its folder; `--overwrite` removes these, the tracker's folder and nothing else.
@@ -95,15 +97,26 @@ def changed_flags(
             value is None and before[key] == FORMER_DEFAULTS.get(key)
         ):
             notes.append(f"{flag} was {before[key]} until step {start_step}; now {value}")
-    return notes
+    return [printable(note) for note in notes]
 
 
 def _forget_rows_after(folder: Path, step: int) -> None:
-    """A run that goes on from an earlier step writes the rows after it again."""
+    """A run that goes on from an earlier step writes the rows after it again. What is no row is left out, and said."""
     for path in filter(Path.is_file, (folder / METRICS, folder / EVALUATIONS)):
-        lines = path.read_text().splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]  # a killed job may leave a part of one
-        path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+        lines = path.read_text(errors="replace").split("\n")[:-1]  # a killed job may leave a part of the last one
+        steps = [_step_of(line) for line in lines]
+        if damaged := steps.count(None):
+            logger.warning("%s: %d damaged lines are left out", path, damaged)
+        rows = zip(lines, steps, strict=True)
+        path.write_text("".join(f"{line}\n" for line, of in rows if of is not None and of <= step))
+
+
+def _step_of(line: str) -> int | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row["step"] if isinstance(row, dict) and type(row.get("step")) is int else None
 
 
 def open_log(folder: Path) -> list[logging.Handler]:

@@ -37,7 +37,7 @@ _BROKEN = (
     ValueError,
 )
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # numpy's; of others zipfile unpacks a block of any size at once
-_WHOLE = 1 << 29  # bytes of a compressed array that is taken into memory as a whole
+_WHOLE = 1 << 28  # bytes of a compressed array that are taken into memory at once
 
 
 class CompressedArray:
@@ -59,6 +59,7 @@ class CompressedArray:
         first, last, stride = rows.indices(len(self))
         assert stride == 1, "a compressed member gives contiguous slices only"
         count = max(last - first, 0)
+        _require_whole(self._path, count * self._row_bytes)
         try:
             self._stream.seek(self._start + first * self._row_bytes)
             data = self._stream.read(count * self._row_bytes)
@@ -69,7 +70,6 @@ class CompressedArray:
         return np.frombuffer(data, self.dtype).reshape(count, *self.shape[1:])
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        _require_whole(self._path, len(self) * self._row_bytes)
         return np.asarray(self[:], dtype=dtype)
 
 
