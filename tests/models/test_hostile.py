@@ -1,12 +1,11 @@
 """Weights that are broken or made to do harm: what is whole is loaded, the rest is a line, and nothing runs."""
 
 import json
-import os
 import shutil
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from models.discriminator import load_discriminator
@@ -14,12 +13,10 @@ from models.encoder_weights import read_weights
 from models.sit import SiT
 from models.sit_files import find_sit_state
 from models.vae import latent_statistics, load_vae, vae_by_shape
-from tests.support.hostile import NAMES, broken, broken_json, outcome
+from tests.support.hostile import FEW, Planted, another_state, broken, broken_json, outcome
 from tests.support.refusals import refusal
 from tests.support.small import write_vae
 from utils.torch_files import read_torch_file
-
-FEW = settings(max_examples=max(settings.default.max_examples // 4, 1))  # a network is made for each
 
 
 @pytest.fixture(scope="module")
@@ -36,30 +33,6 @@ def state(folder):
 
 
 # Tensors of other shapes, under other names
-
-SHAPES = [(), (0,), (3,), (2, 3), (4, 4, 2, 2), (2, 4, 3, 3), (1, 1, 1, 1, 1), (0, 4, 2, 2)]
-THINGS = [*map(torch.zeros, SHAPES), torch.ones(3).long(), torch.zeros(1).expand(3), "text", None, {}, [], 3]
-
-
-@st.composite
-def another_state(draw, state: dict):
-    """A state dict with some entries left out, renamed or replaced."""
-    state = dict(state)
-    for key in draw(st.lists(st.sampled_from(sorted(state)), min_size=1, max_size=3, unique=True)):
-        match draw(st.integers(0, 3)):
-            case 0:
-                del state[key]
-            case 1:
-                parts = key.split(".")
-                place = draw(st.integers(0, len(parts) - 1))
-                parts[place] = draw(st.sampled_from(["99999999999", "-1", "", "x", "7", "9" * 5000]))
-                state[".".join(parts)] = state.pop(key)
-            case 2:
-                state[draw(NAMES | st.integers() | st.booleans())] = state.pop(key)
-            case _:
-                state[key] = draw(st.sampled_from(THINGS))
-    return state
-
 
 SIZE = dict(input_size=4, patch_size=2, in_channels=4, hidden_size=48, depth=2, num_heads=3)
 SIT = SiT(**SIZE, encoder_depth=1, z_dims=[8], projector_dim=16).state_dict()
@@ -142,16 +115,6 @@ def test_statistics_of_another_kind_are_refused(folder, value):
 # Files that would act, or fill the memory
 
 
-class Planted:
-    """An object whose pickle would write a file."""
-
-    def __init__(self, trace):
-        self.trace = trace
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.trace}",)
-
-
 READERS = {
     "checkpoint": read_torch_file,
     "vae": lambda path: load_vae("auto", path, say=str),
@@ -169,6 +132,7 @@ def test_a_pickle_that_would_write_a_file_does_not(folder, reader, old):
     assert not (folder / "trace").exists()
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 @pytest.mark.parametrize("reader", READERS)
 def test_tensors_without_numbers_of_their_own_are_refused(folder, reader):
     with torch.device("meta"):

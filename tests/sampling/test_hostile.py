@@ -6,17 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sampling.labels import read_labels
 from sampling.store import SampleStore
 from sampling.trained import load_trained
-from tests.models.test_hostile import THINGS, another_state
-from tests.support.hostile import broken, broken_json, changed, npy, outcome
+from tests.support.hostile import FEW, THINGS, another_state, broken, broken_json, changed, npy, outcome
 from tests.support.refusals import refusal
 
-FEW = settings(max_examples=max(settings.default.max_examples // 4, 1))  # networks are made for each
 JOB = {"run": "r", "options": {"num_steps": 5, "seed": 0, "classes": None}}
 
 
@@ -36,6 +34,7 @@ BROKEN_FILES = st.one_of(
 )
 
 
+@FEW
 @given(BROKEN_FILES)
 def test_broken_partial_files_are_refused_or_begun_anew(folder, kind_and_data):
     """With a batch on file; after `create` they are whole, or nothing was touched."""

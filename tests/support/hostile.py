@@ -1,11 +1,15 @@
 """Files that are broken at random or made to do harm, for the tests that read them; `hypothesis` draws them."""
 
 import json
+import os
 
+import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from utils.errors import InputError
 
+FEW = settings(max_examples=max(settings.default.max_examples // 4, 1))  # for what takes long
 NAMES = st.sampled_from(["a\nb", "../../x", "/etc/passwd", "nul\0", "\udcff", "\x1b[2J", "..", "", "\u2028"]) | st.text(
     max_size=5
 )
@@ -93,3 +97,39 @@ def npy(draw, data: bytes = bytes(64)):
     length = len(header).to_bytes(2 if version == 1 else 4, "little")
     start = b"\x93NUMPY" + bytes([version, 0]) + length + header.encode("latin1")
     return start + data[: draw(st.integers(0, len(data)))]
+
+
+# Weights
+
+TENSOR_SHAPES = [(), (0,), (3,), (2, 3), (4, 4, 2, 2), (2, 4, 3, 3), (1, 1, 1, 1, 1), (0, 4, 2, 2)]
+THINGS = [*map(torch.zeros, TENSOR_SHAPES), torch.ones(3).long(), torch.zeros(1).expand(3), "text", None, {}, [], 3]
+
+
+@st.composite
+def another_state(draw, state: dict):
+    """A state dict with some entries left out, renamed or replaced."""
+    state = dict(state)
+    for key in draw(st.lists(st.sampled_from(sorted(state)), min_size=1, max_size=3, unique=True)):
+        match draw(st.integers(0, 3)):
+            case 0:
+                del state[key]
+            case 1:
+                parts = key.split(".")
+                place = draw(st.integers(0, len(parts) - 1))
+                parts[place] = draw(st.sampled_from(["99999999999", "-1", "", "x", "7", "9" * 5000]))
+                state[".".join(parts)] = state.pop(key)
+            case 2:
+                state[draw(NAMES | st.integers() | st.booleans())] = state.pop(key)
+            case _:
+                state[key] = draw(st.sampled_from(THINGS))
+    return state
+
+
+class Planted:
+    """An object whose pickle would write a file."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.trace}",)

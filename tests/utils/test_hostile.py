@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.hostile import JSON, NAMES, broken, broken_json, npy, outcome
+from tests.support.refusals import refusal
 from utils.files import read_json, read_object
 from utils.inert import read_inert
 from utils.npz import CompressedArray, open_npy, open_npz
@@ -115,3 +116,10 @@ def test_whole_archives_of_a_broken_pickle_are_one_line(folder, data):
             archive.writestr(f"archive/{name}", content)
     for read in (read_torch_file, read_inert):
         outcome(read, folder / "x.pt")
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_buffer_of_any_length_is_not_made(folder, old):
+    """torch's reader of plain values would take bytearray(2**40) for one."""
+    torch.save({"w": torch.ones(2), "x": bytearray(3)}, folder / "x.pt", _use_new_zipfile_serialization=not old)
+    assert "an object of builtins.bytearray" in refusal(read_torch_file, folder / "x.pt")
