@@ -14,15 +14,15 @@ if __name__ == "__main__":  # --help and a mistyped flag answer before the heavy
 
 import contextlib
 import io
-import json
 import logging
 import sys
 import time
 from pathlib import Path
 
-from dataset.class_labels import LabelledImages, empty_classes, list_images, printable, some
+from dataset.class_labels import LabelledImages, empty_classes, list_images, some
 from dataset.preprocess import check_output, write_data_folder
-from utils.errors import command, when_interrupted
+from utils.errors import InputError, command, printable, when_interrupted
+from utils.files import read_object
 
 
 @command
@@ -80,9 +80,9 @@ def orphaned_latents(output: Path) -> list[str]:
     """Names of the cached latents in a data folder that belong to the images that were there before."""
     caches = {}
     for path in sorted(output.glob("*.json")):
-        with contextlib.suppress(OSError, ValueError):  # somebody's own file
-            info = json.loads(path.read_text())
-            if isinstance(info, dict) and "dataset_fingerprint" in info:
+        with contextlib.suppress(InputError):  # somebody's own file
+            info = read_object(path)
+            if "dataset_fingerprint" in info:
                 caches[path.stem] = info["dataset_fingerprint"]
     if not caches:
         return []

@@ -13,7 +13,8 @@ from itertools import islice
 from pathlib import Path
 
 from dataset.image_files import ImageTree, folder_of_all, refuse_splits, split_names, walk_images
-from utils.errors import InputError, about
+from utils.errors import InputError, about, printable
+from utils.files import read_json
 
 LARGEST_LABEL = 2**31 - 1
 
@@ -68,7 +69,7 @@ def list_images(root: Path, output: Path | None = None) -> LabelledImages:
 
     # Labels by a file.
     files = tree.files
-    if (root / "dataset.json").exists():
+    if (root / "dataset.json").is_file():
         labels = _labels_from_json(root / "dataset.json", files)
         if labels is not None:
             tree.left_out -= Counter({".json": 1})  # this one was read
@@ -125,11 +126,6 @@ def some(names: list) -> str:
     return ", ".join(printable(str(name)) for name in names[:5]) + (", ..." if len(names) > 5 else "")
 
 
-def printable(name: str) -> str:
-    """A name of any characters in one line: a newline, or what is not UTF-8, as its escape."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in name)
-
-
 def empty_classes(labels: list[int], num_classes: int) -> dict | None:
     """Labels below `num_classes` that no image has: {"count": how many, "first": up to 100}; None if there is none."""
     present = set(labels)
@@ -139,10 +135,7 @@ def empty_classes(labels: list[int], num_classes: int) -> dict | None:
 
 def _labels_from_json(path: Path, files: list[str]) -> list[int] | None:
     """Labels of `files`; None if the JSON is not in StyleGAN form."""
-    try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON: {error}") from error
+    info = read_json(path)
     if not isinstance(info, dict) or "labels" not in info:
         logger.warning("%s has no 'labels' and is ignored; classes are the top folders", path)
         return None

@@ -14,7 +14,11 @@ import numpy as np
 import torch
 
 from utils.errors import InputError
+from utils.files import read_object
 from utils.inputs import preprocessing_command, require_data_folder
+from utils.npz import open_npy
+
+_LARGEST = 1e38  # about float32's
 
 
 class ImageData:
@@ -36,9 +40,11 @@ class ImageData:
     ) -> None:
         self.folder = Path(folder)
         require_data_folder(self.folder, resolution)
-        self.info = _read_json(self.folder / "dataset.json")
-        self.images = _open_array(self.folder / "images.npy", (np.uint8,), "(N, 3, R, R)", mmap_mode="r")
-        self.labels = _open_array(self.folder / "labels.npy", (np.int64,), "(N,)")
+        self.info = read_object(
+            self.folder / "dataset.json", count=int, resolution=int, num_classes=int, class_names=list
+        )
+        self.images = _open_array(self.folder / "images.npy", (np.uint8,), "(N, 3, R, R)")
+        self.labels = np.array(_open_array(self.folder / "labels.npy", (np.int64,), "(N,)"))
         self._check(resolution, num_classes)
         self.resolution = self.images.shape[-1]
 
@@ -121,8 +127,8 @@ class LatentData:
                 raise InputError(f"--vae-latents-name: {file} does not exist; {advice}")
 
         # Array and description, of each other and, where a data set is given, of it.
-        self.info = _read_json(info)
-        self.array = _open_array(array, (np.float32, np.float16), "(N, 2C, h, w)", mmap_mode="r")
+        self.info = read_object(info, count=int)
+        self.array = _open_array(array, (np.float32, np.float16), "(N, 2C, h, w)")
         if self.array.shape[1] % 2:
             raise InputError(f"{array}: shape {self.array.shape}; (N, 2C, h, w) with mean and std is needed")
         count = self.info.get("count")
@@ -132,6 +138,17 @@ class LatentData:
             other = f"of another data set ({count} images) than {data.folder} ({len(data)} images)"
             advice = "run cache_latents.py again with --overwrite"
             raise InputError(f"--vae-latents-name: {array} holds the latents {other}: {advice}")
+        if data is not None:
+            self._check_statistics(info)
+
+    def _check_statistics(self, file: Path) -> None:
+        """Those that training normalises with."""
+        channels = self.array.shape[1] // 2
+        for name in ("latents_scale", "latents_bias"):
+            values = self.info.get(name)
+            is_list = isinstance(values, list) and len(values) == channels
+            if not (is_list and all(type(value) in (int, float) and abs(value) < _LARGEST for value in values)):
+                raise InputError(f"{file}: {name} is no list of {channels} numbers: cache the latents again")
 
     def __len__(self) -> int:
         return len(self.array)
@@ -179,22 +196,9 @@ def _take(array: np.ndarray, indices: Sequence[int]) -> np.ndarray:
     return rows
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: a JSON object is needed")
-    return value
-
-
-def _open_array(path: Path, dtypes: tuple, shape: str, mmap_mode: str | None = None) -> np.ndarray:
-    """An array of one of these dtypes, with at least one row, and with as many axes as `shape` names."""
-    try:
-        array = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: damaged or not a .npy file (an interrupted copy?): {error}") from error
+def _open_array(path: Path, dtypes: tuple, shape: str) -> np.ndarray:
+    """An array of one of these dtypes, memory-mapped, with at least one row, and with as many axes as `shape` names."""
+    array = open_npy(path)
     axes = shape.strip("(,)").count(",") + 1
     if array.dtype not in dtypes or array.ndim != axes or array.size == 0:
         names = " or ".join(np.dtype(dtype).name for dtype in dtypes)

@@ -1,5 +1,6 @@
 """Images that lie in an array: colour or grey, uint8 or float of a known range, read in blocks as uint8 RGB."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,10 +8,10 @@ import numpy as np
 import torch
 
 from utils.errors import InputError
-from utils.npz import CompressedArray, release
+from utils.npz import BLOCK_BYTES, CompressedArray, release
 
 AHEAD = 4  # batches read in advance
-BLOCK = 64  # images looked at together
+BLOCK = 64  # images looked at together, at most
 Range = tuple[float, float]  # the values of black and white
 RANGES = {"0,1": (0.0, 1.0), "-1,1": (-1.0, 1.0)}  # as --samples-range names them
 TOLERANCE = 1e-3  # by which float16 may leave its range
@@ -101,6 +102,8 @@ def images_of_array(
 
 
 def _blocks(array: np.ndarray | CompressedArray) -> Iterator[np.ndarray]:
-    for start in range(0, len(array), BLOCK):
-        yield array[start : start + BLOCK]
+    image_bytes = array.dtype.itemsize * math.prod(array.shape[1:])
+    step = max(1, min(BLOCK, BLOCK_BYTES // image_bytes))
+    for start in range(0, len(array), step):
+        yield array[start : start + step]
         release(array)

@@ -8,18 +8,22 @@ import functools
 import os
 import posixpath
 import re
+import stat
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
-from PIL import Image, PngImagePlugin
+from PIL import Image, JpegImagePlugin, PngImagePlugin
 
 from utils.errors import InputError
 
 # What a file may be, whatever its suffix says. Left out: formats that start other programs (EPS), hold documents or
 # have no signature by which a damaged file is found out (TGA, PCX).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI")
+_COSTLY = ("WEBP", "JPEG2000")  # their decoders take some 18 bytes a pixel, others 12 at most
 ORIENTATION = 0x0112  # EXIF tag; 1: as it lies, 2 to 8: to be turned or mirrored
 # Folders of file systems and archivers. They hold thumbnails and copies, and are no class.
 _SYSTEM = ("__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found")
@@ -51,7 +55,8 @@ class ImageTree:
         files: the images, relative to `root`, with "/", in the order of their parts.
         folders: all top folders but hidden ones, the system's and data folders, sorted, whatever they hold.
         left_out: how many other files of each suffix ("no suffix"; "other": numbers and long ones; "odd suffix": one
-            that cannot be printed), and "hidden" files and folders, "data folders", "links back" and "broken links".
+            that cannot be printed), and "hidden" files and folders, "data folders", "links back", "broken links", and
+            "pipes and devices".
     """
 
     root: Path
@@ -116,12 +121,14 @@ def _walk(tree: ImageTree, folder: str, ancestors: tuple, *, output: tuple[int, 
             only_data = len(tree.files) == files and set(tree.left_out - left_out) == {"data folders"}
             if not folder and not only_data:
                 tree.folders.append(name)
-        elif is_image:
+        elif is_image and not _is_special(entry):
             tree.files.append(name)
         elif name in gone_classes:
             tree.folders.append(name)
         elif _is_broken(entry):
             tree.left_out["broken links"] += 1
+        elif _is_special(entry):
+            tree.left_out["pipes and devices"] += 1
         else:
             kind = _kind(entry.name)
             tree.left_out[kind if kind in tree.left_out or len(tree.left_out) < _MOST_KINDS else "other"] += 1
@@ -162,6 +169,14 @@ def _is_broken(entry: os.DirEntry) -> bool:
         return entry.is_symlink() and not Path(entry).exists()
     except OSError:  # a link to where nothing may be read
         return True
+
+
+def _is_special(entry: os.DirEntry) -> bool:
+    """Neither file nor folder, but there: a pipe, a socket or a device."""
+    try:
+        return not (entry.is_file() or entry.is_dir() or _is_broken(entry))
+    except OSError:  # a link to itself
+        return False
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
@@ -233,19 +248,44 @@ def _refuse_parts(tree: ImageTree, labelled: bool) -> None:
 
 
 @contextlib.contextmanager
-def open_image(path: Path) -> Iterator[Image.Image]:
+def open_image(path: Path, at_least: int | None = None) -> Iterator[Image.Image]:
     """An image file of one of `FORMATS`, its pixels not yet read.
 
+    Args:
+        at_least: a JPEG of more pixels than Pillow thinks safe (89 million; at twice as many it refuses) is read at
+            half its size, if no side is shorter than this then; None: it is refused.
     Raises:
-        Exception: of many kinds (Pillow's decoders raise what they like), for a file that is not a whole image.
+        Exception: of many kinds (Pillow's decoders raise what they like), for a file that is not a whole image, or one
+            that would take more than about 1 GB of memory.
     """
     # A compressed text or colour profile may be as large as Pillow lets all texts of a PNG be together (64 MB, not 1).
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
-    with path.open("rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:
-            raise ValueError("empty file")
-        with Image.open(file, formats=FORMATS) as image:
-            yield image
+    warnings.simplefilter("error", Image.DecompressionBombWarning)
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # to open a pipe could take for ever
+        raise ValueError("no ordinary file")
+    if status.st_size == 0:
+        raise ValueError("empty file")
+    with path.open("rb") as file, _opened(file, at_least) as image:
+        if image.format in _COSTLY and image.width * image.height > Image.MAX_IMAGE_PIXELS // 2:
+            raise ValueError(f"a {image.format} of {image.width} x {image.height} takes too much memory")
+        yield image
+
+
+def _opened(file: BinaryIO, at_least: int | None) -> Image.Image:
+    try:
+        return Image.open(file, formats=FORMATS)
+    except Image.DecompressionBombWarning:
+        file.seek(0)
+        if at_least is None or not file.read(3) == b"\xff\xd8\xff":
+            raise
+        file.seek(0)
+        image = JpegImagePlugin.JpegImageFile(file)
+        half = image.width // 2, image.height // 2  # half the pixels that Pillow refuses are few enough
+        if min(half) < at_least or "progressive" in image.info:  # such a one its decoder keeps whole
+            raise
+        image.draft(None, half)
+        return image
 
 
 def asks_for_turn(image: Image.Image) -> bool:

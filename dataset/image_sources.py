@@ -34,7 +34,7 @@ class ImageFolder:
         refuse_splits(tree, labelled=False)
         self.name, self.files = str(folder), [folder / name for name in tree.files]
         self.notes = [f"{folder}: left out {tree.left_out_text()}"] if tree.left_out else []
-        self.size = self._read_one(self.files[0])[0].shape[:2]
+        self.size = self._read_one(self.files[0], None)[0].shape[:2]
         self.turns, self._lock = 0, threading.Lock()
 
     def __len__(self) -> int:
@@ -42,23 +42,22 @@ class ImageFolder:
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Images start <= i < stop, uint8 (B, 3, H, W)."""
-        images, turns = zip(*map(self._read_one, self.files[start:stop]), strict=True)
+        images, turns = zip(*(self._read_one(file, self.size) for file in self.files[start:stop]), strict=True)
         with self._lock:
             self.turns += sum(turns)
-        for file, image in zip(self.files[start:stop], images, strict=True):
-            if image.shape[:2] != self.size:
-                problem = f"{file} has {_by(image.shape[:2])} pixels, the first image {_by(self.size)}"
-                advice = "run preprocessing.py and give its data folder"
-                raise InputError(f"{problem}; images of one size are needed: {advice}")
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
-    def _read_one(self, file: Path) -> tuple[np.ndarray, bool]:
-        """uint8 (H, W, 3), and whether EXIF asks for a turn."""
+    def _read_one(self, file: Path, size: tuple[int, int] | None) -> tuple[np.ndarray, bool]:
+        """uint8 (H, W, 3) of this size (None: any), and whether EXIF asks for a turn."""
         try:
             with open_image(file) as image:
-                return np.asarray(to_rgb(image)), asks_for_turn(image)
+                found = (image.height, image.width)
+                if size in (None, found):  # another is not even decoded: it may be large
+                    return np.asarray(to_rgb(image)), asks_for_turn(image)
         except Exception as error:  # Pillow's decoders raise what they like
             raise InputError(f"{file} cannot be read as an image ({error})") from error
+        problem = f"{file} has {_by(found)} pixels, the first image {_by(size)}"
+        raise InputError(f"{problem}; images of one size are needed: run preprocessing.py and give its data folder")
 
 
 def open_images(path: str | Path, value_range: Range | None = None) -> ImageArray | ImageFolder:

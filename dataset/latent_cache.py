@@ -1,6 +1,6 @@
 """Cached latents while cache_latents.py writes them: it may be killed, and a restart encodes only what is missing."""
 
-import json
+import logging
 import os
 from pathlib import Path
 
@@ -13,7 +13,10 @@ from dataset.data import evenly_spaced
 from dataset.latents import LatentStatistics
 from utils.distributed import rank, world_size
 from utils.errors import InputError
-from utils.files import require_disk, sync, write_at, write_json
+from utils.files import read_object, require_disk, sync, write_at, write_json
+from utils.npz import open_npy
+
+logger = logging.getLogger(__name__)
 
 ANOTHER = "another VAE, data set or dtype; take another name, or --overwrite"
 
@@ -61,10 +64,13 @@ class LatentCache:
 
         # An unfinished one goes on, even under --overwrite; that of another description gives way to --overwrite alone.
         if self.part_json.exists() and self.part_array.exists() and self.part_done.exists():
-            if self._describes_this(self.part_json):
+            is_this = self._describes_this(self.part_json)
+            if is_this and self._is_whole_part():
                 self._require_disk(already=self.part_array.stat().st_blocks * 512)
                 return True
-            if not overwrite:
+            if is_this:
+                logger.warning("%s is damaged: all latents are encoded anew", self.part_array)
+            elif not overwrite:
                 raise InputError(f"--vae-latents-name: {self.part_array} is an unfinished cache of {ANOTHER}")
 
         # A new one: both arrays at full length (sparse until rows come), and the description last.
@@ -131,10 +137,20 @@ class LatentCache:
 
     def _describes_this(self, path: Path) -> bool:
         try:
-            found = json.loads(path.read_text())
-        except (OSError, ValueError):
+            found = read_object(path)
+        except InputError:
             return False
-        return isinstance(found, dict) and all(found.get(key) == self.description[key] for key in self.IDENTITY)
+        return all(found.get(key) == self.description[key] for key in self.IDENTITY)
+
+    def _is_whole_part(self) -> bool:
+        """Whether the unfinished arrays are as `start` made them."""
+        shape, dtype = tuple(self.description["shape"]), np.dtype(self.description["dtype"])
+        try:
+            rows, done = open_npy(self.part_array), open_npy(self.part_done)
+        except InputError:
+            return False
+        as_made = (rows.shape, rows.dtype, done.shape, done.dtype) == (shape, dtype, shape[:1], np.uint8)
+        return as_made and rows.flags.c_contiguous
 
     def _discard_part(self) -> None:
         for path in (self.part_json, self.part_done, self.part_array):

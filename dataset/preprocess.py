@@ -18,12 +18,12 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from dataset.class_labels import LabelledImages, empty_classes
 from dataset.image_files import FORMATS, asks_for_turn, open_image
-from utils.errors import InputError
+from utils.errors import InputError, one_line
 from utils.files import require_disk, sync
 from utils.images import centre_crop, to_rgb
 
@@ -46,8 +46,7 @@ def _read_image(path: Path, resolution: int, exif_orientation: bool) -> tuple[np
     """The pixels of `read_image`, and whether EXIF asks for a turn."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # remarks on odd metadata, from every process
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with open_image(path) as image:
+        with open_image(path, at_least=resolution) as image:
             upright = ImageOps.exif_transpose(image) if exif_orientation else image
             pixels = np.ascontiguousarray(centre_crop(to_rgb(upright), resolution).transpose(2, 0, 1))
             return pixels, asks_for_turn(image)
@@ -281,4 +280,4 @@ def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return f"not an image ({', '.join(FORMATS)})"
     text = getattr(error, "strerror", None) or str(error)
-    return " ".join(text.split()) or type(error).__name__
+    return one_line(text) or type(error).__name__

@@ -18,7 +18,7 @@ from dataset.image_sources import Source, open_images, require_size
 from evaluation.evaluator import FeatureSet, extract, require_neighbours, say
 from evaluation.features import probe, same_network
 from utils.distributed import main_first
-from utils.errors import InputError
+from utils.errors import InputError, printable
 from utils.npz import open_npz, write_npz
 from utils.pickles import read_pickled_numbers
 
@@ -167,11 +167,11 @@ def _own_file(path: Path, arrays: dict, network: nn.Module, size: tuple[int, int
         meta = json.loads(str(np.asarray(arrays["meta"])))
         label, made_for, count = meta["features"], tuple(meta["size"]), meta["count"]
         known = meta["format"] <= FORMAT
-        notes = tuple(map(str, meta.get("notes", ())))
-        if not (count is None or isinstance(count, int)):  # None: moments of a file that does not say
-            raise TypeError(f"count {count!r}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: 'meta' is not that of a --save-stats file ({error!r})") from error
+        notes = tuple(printable(str(note)) for note in meta.get("notes", ()))
+        if not (count is None or (type(count) is int and count > 0)):  # None: moments of a file that does not say
+            raise TypeError("count")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path}: 'meta' is not that of a --save-stats file ({error!r})") from None
     if not known:
         raise InputError(f"{path} has format {meta['format']}; this code reads up to {FORMAT}")
     if label != network.label:
@@ -180,13 +180,15 @@ def _own_file(path: Path, arrays: dict, network: nn.Module, size: tuple[int, int
         raise InputError(f"{path} was made from {made_for} images; {tuple(size)} is needed")
 
     # The label names a network; the features of the fixed image tell whether its weights were these.
-    stored = {name: _tensor(path, arrays, name) for name in ("probe", "features") if name in arrays}
-    if "probe" not in stored or not same_network(stored["probe"], probe(network, size, device)):
+    own = probe(network, size, device)
+    has_probe = "probe" in arrays and arrays["probe"].shape == own.shape
+    if not has_probe or not same_network(_tensor(path, arrays, "probe"), own):
         raise InputError(f"{path} was made with other weights of {label}; make it again with --save-stats")
 
-    features = stored.get("features")
-    if features is not None and (features.ndim != 2 or features.shape[1] != network.dim):
-        raise InputError(f"{path}: features are {tuple(features.shape)}; (images, {network.dim}) are needed")
+    shape = arrays["features"].shape if "features" in arrays else (0, network.dim)
+    if shape[1:] != (network.dim,):
+        raise InputError(f"{path}: features are {shape}; (images, {network.dim}) are needed")
+    features = _tensor(path, arrays, "features") if "features" in arrays else None
     spatial = _moments(path, arrays, "mu_s", "sigma_s", network.spatial_dim) if "mu_s" in arrays else None
     say(*notes)
     return FeatureSet(count, _moments(path, arrays, "mu", "sigma", network.dim), spatial, features, notes)
@@ -201,7 +203,10 @@ def _moments(path: Path, arrays: dict, mean: str, covariance: str, dim: int) -> 
 
 
 def _tensor(path: Path, arrays: dict, name: str) -> Tensor:
-    array = np.array(arrays[name])
-    if array.dtype.kind != "f" or not np.isfinite(array).all():
-        raise InputError(f"{path}: {name} is {array.dtype} or not finite; finite numbers are needed")
+    array = np.asarray(arrays[name])
+    kind = array.dtype
+    if kind.kind == "f":  # torch has neither other machines' byte order nor more than 64 bits
+        array = np.array(array, np.float64 if kind.itemsize > 8 else kind.newbyteorder("="))
+    if kind.kind != "f" or not np.isfinite(array).all():
+        raise InputError(f"{path}: {name} is {kind} or not finite; finite numbers are needed")
     return torch.from_numpy(array)

@@ -1,5 +1,6 @@
 """The weights of the VAE's losses, read from YAML (configs/l1_lpips_kl_gan.yaml shows every key)."""
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -41,10 +42,12 @@ def read_loss_config(path: str | Path, *, flag: str = "--loss-cfg-path") -> VAEL
         InputError: no such file, no YAML mapping, an unknown key, a value of the wrong kind or range.
     """
     try:
-        document = yaml.safe_load(Path(path).read_text())
+        text = Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{flag}: {path} cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    except yaml.YAMLError as error:
+    try:
+        document = yaml.safe_load(text)
+    except Exception as error:  # PyYAML lets through what Python says of a date or number that is none
         raise InputError(f"{flag}: {path} is not YAML ({error})") from None
     if not isinstance(document, Mapping):
         raise InputError(f"{flag}: {path} has no 'key: value' lines")
@@ -52,39 +55,50 @@ def read_loss_config(path: str | Path, *, flag: str = "--loss-cfg-path") -> VAEL
     # Ours are converted; the public file's further keys must say what we do anyway.
     known = {field.name: field.type for field in fields(VAELossConfig)}
     values = {}
-    for key, value in _flat(document).items():
+    for key, value in _flat(document, f"{flag}: {path}").items():
         if key in known:
             values[key] = _converted(key, value, known[key], f"{flag}: {path}")
         elif key in _PUBLIC_ONLY:
             if value not in _PUBLIC_ONLY[key]:
-                raise InputError(f"{flag}: {path}: {key} is {value!r}; {_PUBLIC_ONLY[key][0]!r} is supported")
+                raise InputError(f"{flag}: {path}: {key} is {_shown(value)}; {_PUBLIC_ONLY[key][0]!r} is supported")
         elif key not in _PUBLIC_UNUSED:
             raise InputError(f"{flag}: {path}: unknown key {key!r}; the keys are {', '.join(known)}")
     return VAELossConfig(**values)
 
 
-def _flat(document: Mapping) -> dict[str, Any]:
+def _flat(document: Mapping, where: str, depth: int = 3) -> dict[str, Any]:
+    if not depth:  # one that names itself would have no end
+        raise InputError(f"{where}: keys are nested more than 3 times; flat ones, or all under `losses:`, are needed")
     flat = {}
     for key, value in document.items():
-        flat.update(_flat(value) if isinstance(value, Mapping) else {str(key): value})
+        name = key if isinstance(key, str) else _shown(key)
+        flat.update(_flat(value, where, depth - 1) if isinstance(value, Mapping) else {name: value})
     return flat
+
+
+def _shown(value: Any) -> str:
+    """The beginning of a value, however large it is or often it names itself."""
+    try:
+        return reprlib.repr(value)[:80]
+    except ValueError:  # Python prints no more than 4300 digits
+        return "a number of thousands of digits"
 
 
 def _converted(key: str, value: Any, kind: type, where: str) -> Any:
     if kind is str:
         if value not in ("l1", "l2"):
-            raise InputError(f"{where}: {key} is {value!r}; 'l1' or 'l2' is needed")
+            raise InputError(f"{where}: {key} is {_shown(value)}; 'l1' or 'l2' is needed")
         return value
     try:
         number = float(value) if not isinstance(value, bool) else None  # YAML 1.1 reads 1e-6 as a string
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = None
     if number is None or not abs(number) < float("inf"):
-        raise InputError(f"{where}: {key} is {value!r}; a number is needed")
+        raise InputError(f"{where}: {key} is {_shown(value)}; a number is needed")
     if number < 0 and key != "logvar_init":
-        raise InputError(f"{where}: {key} is {value!r}; a number >= 0 is needed")
+        raise InputError(f"{where}: {key} is {_shown(value)}; a number >= 0 is needed")
     if key == "lecam_ema_decay" and number > 1:
-        raise InputError(f"{where}: {key} is {value!r}; a number in [0, 1] is needed")
+        raise InputError(f"{where}: {key} is {_shown(value)}; a number in [0, 1] is needed")
     if kind is int and number != int(number):
-        raise InputError(f"{where}: {key} is {value!r}; a whole number is needed")
+        raise InputError(f"{where}: {key} is {_shown(value)}; a whole number is needed")
     return kind(number)

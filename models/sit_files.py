@@ -6,6 +6,7 @@ and losses know one convention.
 """
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,6 +22,12 @@ PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.com
 FIRST_KEY = "x_embedder.proj.weight"
 LAST_LAYER = ("final_layer.linear.weight", "final_layer.linear.bias")
 TIME_WEIGHT = "t_embedder.mlp.0.weight"
+TABLE = "y_embedder.embedding_table.weight"
+# Axes of the tensors whose shapes tell a SiT's.
+_AXES = {FIRST_KEY: 4, "pos_embed": 3, TABLE: 2, TIME_WEIGHT: 2, "blocks.0.mlp.fc1.weight": 2}
+_AXES |= {"blocks.0.attn.q_norm.weight": 1, LAST_LAYER[0]: 2, LAST_LAYER[1]: 1}
+_AXES |= {"bn.running_mean": 1, "bn.running_var": 1}
+_AXES_OF_PROJECTORS = {"0.weight": 2, "4.weight": 2}  # projectors.<number>.<name>
 
 
 def find_sit_state(contents: Mapping, path: str | Path, *, ema: bool = True) -> tuple[dict[str, Tensor], list[str]]:
@@ -45,13 +52,14 @@ def find_sit_state(contents: Mapping, path: str | Path, *, ema: bool = True) -> 
         contents = contents[wanted]
     elif not ema:
         raise InputError(f"--no-ema: {path} holds one set of weights, and does not say whether it is an average")
-    state = {key: value for key, value in contents.items() if isinstance(value, Tensor)}
+    state = {key: value for key, value in contents.items() if isinstance(key, str) and isinstance(value, Tensor)}
     for prefix in PREFIXES * 2:  # each may be around the other
         if state and all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     if FIRST_KEY not in state:
         raise InputError(f"{path} holds no SiT that this code knows (it lacks {FIRST_KEY!r})")
     state = _blocks_in_one_list(state)
+    _require_sit(state, path)
 
     # Whose convention is it? Ours has a normaliser, REPA's projectors, and the original SiT a wider last layer.
     _, channels, patch, _ = state[FIRST_KEY].shape
@@ -61,6 +69,9 @@ def find_sit_state(contents: Mapping, path: str | Path, *, ema: bool = True) -> 
     if rows == 2 * channels * patch**2:
         if Path(path).name.startswith("DiT"):
             raise InputError(f"{path} is a DiT by its name, which predicts noise and cannot be sampled here")
+        for key, width in ((LAST_LAYER[1], rows), (TIME_WEIGHT, 2 * len(time_frequencies()))):
+            if key not in state or state[key].shape[-1] != width:
+                raise InputError(f"{path} holds no SiT that this code knows (it lacks {key!r} of width {width})")
         turned = "its time and velocity are turned (a DiT has the same tensors, predicts noise, and would give noise)"
         notes.append(f"{path} is taken for the original SiT's, whose t = 1 is data: {turned}")
         state = _from_original_sit(state, channels, patch)
@@ -75,11 +86,23 @@ def _blocks_in_one_list(state: dict[str, Tensor]) -> dict[str, Tensor]:
     first = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     renamed = {}
     for key, value in state.items():
-        if key.startswith("decoder_blocks."):
-            _, number, rest = key.split(".", 2)
-            key = f"blocks.{first + int(number)}.{rest}"
+        if match := re.fullmatch(r"decoder_blocks\.(\d{1,3})\.(.*)", key):
+            key = f"blocks.{first + int(match[1])}.{match[2]}"
         renamed[key] = value
     return renamed
+
+
+def _require_sit(state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Refuse tensors whose axes or numbers are not those of a SiT, before their shapes are taken for its own."""
+    for name in ("blocks", "projectors"):
+        numbers = {key.split(".")[1] for key in state if key.startswith(f"{name}.")}
+        if numbers != {str(number) for number in range(len(numbers))}:
+            raise InputError(f"{path}: the {name} of its SiT are not numbered 0, 1, 2, ...")
+    for key, tensor in state.items():
+        of_projector = _AXES_OF_PROJECTORS.get(key.split(".", 2)[-1]) if key.startswith("projectors.") else None
+        axes = _AXES.get(key, of_projector)
+        if axes is not None and (tensor.ndim != axes or 0 in tensor.shape):
+            raise InputError(f"{path}: {key} has shape {tuple(tensor.shape)}; {axes} axes are needed")
 
 
 def _from_original_sit(state: dict[str, Tensor], channels: int, patch: int) -> dict[str, Tensor]:
@@ -111,7 +134,7 @@ def config_of_state_dict(
         KeyError: the state dict lacks a tensor that every SiT has.
         ValueError: the number of heads cannot be told.
     """
-    hidden, channels, patch, _ = state["x_embedder.proj.weight"].shape
+    hidden, channels, patch, _ = state[FIRST_KEY].shape
     depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
 
     # Heads leave no trace in the shapes, but for the norms of queries and keys, which are as wide as a head.
@@ -125,7 +148,7 @@ def config_of_state_dict(
         num_heads = fitting[0]
 
     # A null row, if there is one, comes after the rows of the classes.
-    rows = state["y_embedder.embedding_table.weight"].shape[0]
+    rows = state[TABLE].shape[0]
     has_null = num_classes is None or rows == num_classes + 1
     projectors = sorted({int(key.split(".")[1]) for key in state if key.startswith("projectors.")})
 
@@ -210,7 +233,7 @@ def _require_same_shape(sit: SiT, state: Mapping[str, Tensor], path: str | Path)
     """One line that says what the two networks are, where a list of keys would not help."""
     width, channels, patch, _ = state[FIRST_KEY].shape
     depth = 1 + max((int(key.split(".")[1]) for key in state if key.startswith("blocks.")), default=0)
-    rows = state["y_embedder.embedding_table.weight"].shape[0] if "y_embedder.embedding_table.weight" in state else 0
+    rows = state[TABLE].shape[0] if TABLE in state else 0
     found = (depth, width, patch, channels, rows)
     needed = (
         len(sit.blocks),

@@ -157,14 +157,20 @@ def latent_statistics(
         if not {"latents_scale", "latents_bias"} <= values.keys():
             raise InputError(f"{flag}: {stored} lacks 'latents_scale' and 'latents_bias'")
         scale, bias = values["latents_scale"], values["latents_bias"]
-    elif (of_vae := kind_of(vae).statistics(vae)) is not None:
-        stored = path
-        bias, scale = of_vae[0], 1.0 / of_vae[1]
     else:
-        return None
+        stored = path
+        try:
+            of_vae = kind_of(vae).statistics(vae)
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # whatever the configuration holds
+            raise InputError(f"{flag}: {stored} has latent statistics that are no numbers ({error})") from None
+        if of_vae is None:
+            return None
+        bias, scale = of_vae[0], 1.0 / of_vae[1]
 
+    if not (isinstance(scale, Tensor) and isinstance(bias, Tensor)):
+        raise InputError(f"{flag}: {stored} has latent statistics that are no tensors")
     channels = latent_channels(vae)
-    scale, bias = (torch.as_tensor(value).float().reshape(1, -1, 1, 1) for value in (scale, bias))
+    scale, bias = (value.float().reshape(1, -1, 1, 1) for value in (scale, bias))
     if scale.shape[1] != channels or bias.shape[1] != channels:
         raise InputError(f"{flag}: {stored} has statistics of {scale.shape[1]} channels; the VAE has {channels}")
     if not (torch.isfinite(scale).all() and torch.isfinite(bias).all() and (scale > 0).all()):

@@ -213,6 +213,19 @@ def require_trainable(vae: nn.Module, flag: str = "--vae-ckpt") -> None:
 # Configurations
 
 
+def require_modest(config: Mapping, what: str) -> None:
+    """Refuse a configuration of more modules than any VAE has: to make them, even without weights, fills the memory.
+
+    Raises:
+        InputError: more than 16 levels, or more than 16 blocks in a level.
+    """
+    for name, value in config.items():
+        is_count = name in ("layers_per_block", "num_res_blocks") and isinstance(value, int | float)
+        is_list = not name.startswith("latents_") and isinstance(value, list | tuple)
+        if (is_count and value > 16) or (is_list and len(value) > 16):
+            raise InputError(f"{what}: {name} asks for more than 16 levels or blocks, as no VAE has")
+
+
 def build_vae(config: str | Mapping) -> AutoencoderKL:
     """An AutoencoderKL with fresh weights, drawn from torch's global generator.
 

@@ -1,6 +1,5 @@
 """A VAE out of a diffusers folder, of its own or of a pipeline, on disk or by its name on the Hugging Face hub."""
 
-import json
 import re
 import zipfile
 from pathlib import Path
@@ -10,10 +9,11 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 
-from models.vae_architecture import kinds_by_name, require_same_network, vae_models
+from models.vae_architecture import kinds_by_name, require_modest, require_same_network, vae_models
 from models.vae_names import hub_parts
 from models.vae_state import PARTS, WEIGHTS, Say, check_fit, read_contents
 from utils.errors import InputError
+from utils.files import read_object
 from utils.network import reachable
 from utils.torch_files import is_stored_zip
 
@@ -42,8 +42,11 @@ def load_folder(folder: Path, arch: str, wanted: str, say: Say) -> nn.Module:
 def folder_by_shape(folder: Path) -> nn.Module:
     """The VAE of a diffusers folder without weights, on the meta device: its configuration alone is read."""
     folder, name = _own_folder(folder)
-    with torch.device("meta"):
-        return kinds_by_name[name].from_config(json.loads((folder / "config.json").read_text()))
+    try:
+        with torch.device("meta"):
+            return kinds_by_name[name].from_config(read_object(folder / "config.json"))
+    except Exception as error:  # whatever diffusers and torch run into
+        raise InputError(f"{folder}: the configuration makes no {name} ({error})") from None
 
 
 def _own_folder(folder: Path) -> tuple[Path, str]:
@@ -55,13 +58,14 @@ def _own_folder(folder: Path) -> tuple[Path, str]:
         raise InputError(f"{folder} is no diffusers folder: a config.json with '_class_name' is needed")
     if name not in kinds_by_name:
         raise InputError(f"{folder} holds a {name}; one of {', '.join(kinds_by_name)} is needed")
+    require_modest(read_object(folder / "config.json"), str(folder / "config.json"))
     return folder, name
 
 
 def _class_name(folder: Path) -> str | None:
     try:
-        name = json.loads((folder / "config.json").read_text())["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
+        name = read_object(folder / "config.json").get("_class_name")
+    except InputError:
         return None
     return name if isinstance(name, str) else None
 

@@ -1,7 +1,6 @@
 """A VAE out of a file's tensors: where they lie in it, under which names, and which architecture they belong to."""
 
 import argparse
-import json
 import logging
 import re
 import zipfile
@@ -13,10 +12,11 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from models.vae_architecture import UNSEEN, build_vae, downsampling, public_shapes, vae_models
+from models.vae_architecture import UNSEEN, build_vae, downsampling, public_shapes, require_modest, vae_models
 from models.vae_keys import key_pairs
 from utils.distributed import rank
 from utils.errors import InputError
+from utils.files import read_object
 from utils.inert import read_inert
 from utils.torch_files import NotPlain, read_torch_file
 
@@ -33,6 +33,7 @@ _STATISTICS = ("latents_mean", "latents_std")  # of particular weights, in a con
 CONTAINERS = ("state_dict", "model", "vae", "ema")
 _OUR_RECORD = ("vae_config", "args", "format", "steps")  # of a training checkpoint; `recorded_config` reads it
 _MARK = "decoder.conv_in.weight"  # every VAE has it, under LDM's names as under diffusers'
+_DEEPEST = 5  # containers in containers; one may hold itself
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 _PREFIX = re.compile(rf"((?:{'|'.join((*CONTAINERS, 'first_stage_model'))})\.)*")
 _WRAPPER = re.compile(r"(?<![^.])(?:module|_orig_mod)\.")  # DistributedDataParallel and torch.compile, at any depth
@@ -57,7 +58,7 @@ def read_contents(path: Path, say: Say) -> dict:
 
         try:
             return safetensors.torch.load_file(path)
-        except (safetensors.SafetensorError, OSError) as error:
+        except Exception as error:  # a header may name types that torch lacks, or sizes that nothing has
             raise InputError(f"{path} is no readable .safetensors file ({error})") from None
     try:
         return read_torch_file(path)
@@ -86,6 +87,9 @@ def find_state(contents: Mapping, what: str, say: Say = log_line) -> dict[str, T
     Raises:
         InputError: no VAE, more than one, something in it that is no tensor of floating point.
     """
+    if not isinstance(contents, Mapping):
+        raise InputError(f"{what} is a {type(contents).__name__}; a dict of tensors is needed")
+
     # Every entry as (the dict it lies in, its name there without wrappers, its value).
     entries = [(where, _WRAPPER.sub("", str(key)), value) for where, key, value in _entries(contents)]
     found = {(where, key.removesuffix(_MARK)) for where, key, _ in entries if re.search(rf"(^|\.){_MARK}$", key)}
@@ -128,7 +132,7 @@ def find_state(contents: Mapping, what: str, say: Say = log_line) -> dict[str, T
 
 def _entries(contents: Mapping, where: str = "") -> Iterator[tuple[str, object, object]]:
     for key, value in contents.items():
-        if key in CONTAINERS and isinstance(value, Mapping):
+        if key in CONTAINERS and isinstance(value, Mapping) and where.count(".") < _DEEPEST:
             yield from _entries(value, f"{where}{key}.")
         else:
             # To print a tuple of tuples can take forever.
@@ -166,10 +170,10 @@ def config_beside(path: Path, state: Mapping[str, Tensor], say: Say) -> Mapping 
     files = [path.parent / "diffusers" / "config.json", path.parent / "config.json"]
     for file in reversed(files) if of_diffusers else files:
         try:
-            config = json.loads(file.read_text())
-        except (OSError, ValueError):
+            config = read_object(file)
+        except InputError:
             continue
-        if not isinstance(config, dict) or config.get("_class_name") != "AutoencoderKL":
+        if config.get("_class_name") != "AutoencoderKL":
             continue
         try:
             problem = _problem(state, _on_meta(config))
@@ -231,7 +235,7 @@ def _widths(state: Mapping[str, Tensor]) -> list[int]:
 def _levels(state: Mapping[str, Tensor]) -> int:
     """Resolutions that the encoder passes through, each half of the one before; LDM or diffusers keys."""
     matches = [re.match(r"encoder\.down(?:_blocks)?\.(\d+)\.", key) for key in state]
-    return 1 + max((int(match[1]) for match in matches if match), default=0)
+    return max(len({match[1] for match in matches if match}), 1)  # the numbers themselves may be of any size
 
 
 # The network
@@ -275,6 +279,7 @@ def check_fit(channels: int, levels: int, config: Mapping, what: str, wanted: st
 
 
 def _on_meta(config: Mapping, what: str = "its configuration") -> AutoencoderKL:
+    require_modest(config, what)
     try:
         with torch.device("meta"):
             return build_vae(config)

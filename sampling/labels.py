@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dataset.classes import classes_of
-from utils.errors import InputError
+from utils.errors import InputError, about
+from utils.npz import open_npy
 from utils.rng import sample_labels
 
 
@@ -109,17 +110,19 @@ def read_labels(path: str, count: int) -> np.ndarray:
     Raises:
         InputError: unreadable, too short, or no whole numbers >= 0.
     """
-    try:
-        if path.endswith(".npy"):
-            labels = np.lib.format.open_memmap(path, mode="r")
-        else:
-            labels = np.array(Path(path).read_text().split(), dtype=np.int64)
-    except (OSError, ValueError, OverflowError) as error:
-        raise InputError(f"--label-file: {path} cannot be read as labels ({error})") from None
-    whole = labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer)
+    with about("--label-file"):
+        labels = open_npy(path) if path.endswith(".npy") else _numbers(path)
+    whole = labels.ndim == 1 and labels.dtype.kind in "iu"
     if not whole or len(labels) < count or labels.astype(np.int64).min() < 0:
         raise InputError(
             f"--label-file: {path} holds {labels.dtype} of shape {labels.shape}; at least {count} (the "
             "--num-fid-samples) whole numbers >= 0 are needed"
         )
     return labels.astype(np.int64)
+
+
+def _numbers(path: str) -> np.ndarray:
+    try:
+        return np.array(Path(path).read_text().split(), dtype=np.int64)
+    except (OSError, ValueError, OverflowError) as error:
+        raise InputError(f"{path} cannot be read as labels ({error})") from None

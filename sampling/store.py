@@ -1,16 +1,15 @@
 """Finished samples on disk while a sampling job runs: it may be killed, and a restart draws only what is missing."""
 
 import glob
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from utils.errors import InputError
-from utils.files import require_disk, require_writable, sync, write_at, write_json
+from utils.files import read_object, require_disk, require_writable, sync, write_at, write_json
 from utils.locks import JobLock
-from utils.npz import write_npz
+from utils.npz import open_npy, write_npz
 
 FLAG = "--sample-dir"
 
@@ -115,7 +114,7 @@ class SampleStore:
 
     def images(self) -> np.memmap:
         """All images as they are on disk now, uint8 (N, H, W, 3)."""
-        return np.load(self.images_file, mmap_mode="r")
+        return open_npy(self.images_file)
 
     def write(self, batch: int, images: np.ndarray) -> None:
         """Put the images of a batch, uint8 (B, H, W, 3), without those that fill it up; finished once on disk."""
@@ -149,16 +148,17 @@ class SampleStore:
         if not all(file.is_file() for file in self.partial_files) or _given(self._read_job()) != _given(job):
             return False
         try:
-            return self.images().shape == self.shape and self.done_file.stat().st_size == self.num_batches
-        except (ValueError, EOFError):  # truncated
+            images = self.images()
+        except InputError:  # truncated
             return False
+        as_made = images.shape == self.shape and images.dtype == np.uint8 and images.flags.c_contiguous
+        return as_made and self.done_file.stat().st_size == self.num_batches
 
     def _read_job(self) -> dict:
         try:
-            job = json.loads(self.job_file.read_text())
-        except ValueError:
+            return read_object(self.job_file)
+        except InputError:
             return {}
-        return job if isinstance(job, dict) else {}
 
 
 def _given(job: dict) -> dict:

@@ -1,7 +1,6 @@
 """A trained run, ours or public, as what sampling needs: SiT, the decoder, the latent statistics."""
 
 import contextlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +16,13 @@ from models.vae_files import vae_of_checkpoint
 from models.vae_names import is_hub_name
 from utils.checkpoint import read_checkpoint
 from utils.checkpoint_files import trained_checkpoint
-from utils.errors import InputError
+from utils.errors import InputError, about
+from utils.files import read_object, require_kinds
 from utils.modules import load_strictly
 
-BN_VARIANCE = "bn.running_var"
+BN = BN_MEAN, BN_VARIANCE = "bn.running_mean", "bn.running_var"
+PATHS = ("linear", "cosine")
+_KINDS = dict(model=str, num_classes=int, path_type=str, seen_classes=str, vae=str, vae_ckpt=str)
 SD_VAE_CHANNELS, SD_VAE_SCALE = 4, 0.18215  # as SiT and REPA multiply SD-VAE's latents
 
 
@@ -81,6 +83,10 @@ def load_trained(
     path = trained_checkpoint(exp_path, train_steps)
     contents = read_checkpoint(path, need=())
     args = _stored_args(_run_folder(path)) | contents.pop("args")
+    args = {key: value for key, value in args.items() if value is not None}
+    require_kinds(args, f"the training options of {path}", **_KINDS)
+    if (path_type := args.get("path_type", PATHS[0])) not in PATHS:
+        raise InputError(f"the training options of {path}: path_type is {path_type!r}; {' or '.join(PATHS)} is needed")
     state, notes = find_sit_state(contents, path, ema=ema)
     with torch.device("meta") if by_shape else contextlib.nullcontext():
         weights = {key: value.to("meta") for key, value in state.items()} if by_shape else state
@@ -127,19 +133,14 @@ def _stored_args(run_dir: Path | None) -> dict:
     if run_dir is None:
         return {}
     file = run_dir / "args.json"
-    try:
-        args = json.loads(file.read_text()) if file.is_file() else {}
-    except ValueError:
-        args = None
-    if not isinstance(args, dict):
-        raise InputError(f"--exp-path: {file} holds no JSON object; the options of the training run are needed")
-    return args
+    with about("--exp-path"):
+        return read_object(file) if file.is_file() else {}
 
 
 def _step(contents: dict, path: Path) -> int:
     """Of the file's name, as in a run's folder; else as the checkpoint says; else 0."""
     steps = path.stem if path.stem.isdecimal() else contents.get("steps", 0)
-    return int(steps) if isinstance(steps, int | str) else 0
+    return int(steps) if str(steps).isdecimal() else 0
 
 
 def _build_sit(state: dict[str, Tensor], args: dict, path: Path) -> SiT:
@@ -193,6 +194,8 @@ def _latent_stats(
     if BN_VARIANCE in state:
         jointly = "vae" in contents
         norm = state if jointly or "model" not in contents else find_sit_state(contents, path, ema=False)[0]
+        if any(norm[key].shape != state[key].shape for key in BN if key in norm) or not norm.keys() >= {*BN}:
+            raise InputError(f"{path}: model has no normaliser as the average's; {' and '.join(BN)} are needed")
         own = latent_stats_of(norm)
         apart = None if stored is None else difference(own, stored)
         if apart is None:

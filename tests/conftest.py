@@ -6,8 +6,20 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start; before
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+
+# Fuzz tests: the same examples every time, and no notes on disk; FUZZ_EXAMPLES=5000 looks longer.
+settings.register_profile(
+    "repeatable",
+    max_examples=int(os.environ.get("FUZZ_EXAMPLES", 50)),
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")

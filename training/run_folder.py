@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -10,8 +11,10 @@ from typing import NamedTuple
 from configs.parsing import flag_of
 from training.trackers import WANDB_RUN
 from utils.checkpoint_files import checkpoint_path, checkpoint_steps, find_checkpoint, find_damage
-from utils.errors import InputError, about
-from utils.files import require_writable, write_json
+from utils.errors import InputError, about, printable
+from utils.files import atomic_write, read_object, require_writable, write_json
+
+logger = logging.getLogger(__name__)
 
 METRICS, EVALUATIONS, BAD_STEPS = "metrics.jsonl", "evaluations.jsonl", "bad-step-*.json"
 LOCK = "run.lock"  # held by the job that trains
@@ -152,7 +155,7 @@ def changed_flags(
 ) -> list[str]:
     """Notes on flags that had other values in the run's earlier part; those `from_checkpoint` are not read again."""
     file = folder / "args.json"
-    before = json.loads(file.read_text()) if file.is_file() else {}
+    before = read_object(file) if file.is_file() else {}
     changed = {key: value for key, value in vars(args).items() if key in before and before[key] != value}
     notes = []
     for key, value in changed.items():
@@ -163,12 +166,24 @@ def changed_flags(
             value is None and before[key] == FORMER_DEFAULTS.get(key)
         ):
             notes.append(f"{flag} was {before[key]} until step {start_step}; now {value}")
-    return notes
+    return [printable(note) for note in notes]
 
 
 def _forget_rows_after(folder: Path, step: int) -> None:
-    """A run that goes on from an earlier step writes the rows after it again."""
+    """A run that goes on from an earlier step writes the rows after it again. What is no row is left out, and said."""
     for path in filter(Path.is_file, (folder / METRICS, folder / EVALUATIONS)):
-        lines = path.read_text().splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]  # a killed job may leave a part of one
-        path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+        lines = path.read_text(errors="replace").split("\n")[:-1]  # a killed job may leave a part of the last one
+        steps = [_step_of(line) for line in lines]
+        if damaged := steps.count(None):
+            logger.warning("%s: %d damaged lines are left out", path, damaged)
+        rows = zip(lines, steps, strict=True)
+        with atomic_write(path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line, of in rows if of is not None and of <= step))
+
+
+def _step_of(line: str) -> int | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row["step"] if isinstance(row, dict) and type(row.get("step")) is int else None

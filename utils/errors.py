@@ -4,6 +4,7 @@ import contextlib
 import errno
 import functools
 import os
+import re
 import signal
 import sys
 import threading
@@ -19,7 +20,22 @@ REQUEUE = 75  # exit code, sysexits' EX_TEMPFAIL: the job was taken away, and th
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used. The message says what was given and what is needed, in one line."""
+    """Something the user gave cannot be used. The message says what was given and what is needed, in one line: also
+    where it quotes a file's name or a library's text of any characters.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
+
+
+def one_line(text: str) -> str:
+    """A text of several lines as one; of the rest, what cannot be printed (a terminal's commands) as its escape."""
+    return printable(re.sub(r"\s*\n\s*", " ", text).strip())
+
+
+def printable(text: str) -> str:
+    """A text with what cannot be printed, such as a newline or what is not UTF-8, as its escape."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class Interrupt(KeyboardInterrupt):
@@ -143,7 +159,7 @@ def _reaches_us(number: int) -> bool:
 def _say(message: str) -> None:
     rank = int(os.environ.get("RANK", 0))
     who = f" [rank {rank}]" if rank else ""
-    print(f"{Path(sys.argv[0]).name}{who}: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}{who}: {one_line(message)}", file=sys.stderr)
 
 
 def _interrupt_behind(error: BaseException | None) -> KeyboardInterrupt | None:

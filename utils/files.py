@@ -5,10 +5,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from utils.errors import InputError
+
+_DEEPEST = 20  # objects and lists in each other in a JSON file
+_KINDS = {int: "a whole number", str: "a text", list: "a list"}
 
 
 @contextlib.contextmanager
@@ -59,6 +62,59 @@ def write_at(path: str | os.PathLike, offset: int, data) -> None:
             left, offset = left[written:], offset + written
     finally:
         os.close(descriptor)
+
+
+def read_object(path: str | os.PathLike, **kinds: type) -> dict:
+    """The object in a JSON file.
+
+    Args:
+        kinds: of entries, where they are there and not null.
+    Raises:
+        InputError: as `read_json`; or no object, or an entry of another kind.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: a JSON object is needed")
+    require_kinds(value, str(path), **kinds)
+    return value
+
+
+def read_json(path: str | os.PathLike) -> object:
+    """What a JSON file holds, ours or another program's.
+
+    Raises:
+        InputError: missing, no ordinary file (a pipe could block for ever), no JSON, or nested deeper than any that is
+            in use, so that no reader has to mind Python's limit.
+    """
+    try:
+        if not Path(path).is_file():
+            raise OSError("no such file")
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))  # Windows begins files with a mark
+        _require_flat(value)
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read as JSON: {getattr(error, 'strerror', None) or error}") from None
+    return value
+
+
+def require_kinds(entries: Mapping, what: str, **kinds: type) -> None:
+    """Refuse a mapping that a file holds where an entry is there, is not None, and is of another kind.
+
+    Raises:
+        InputError: the first such entry.
+    """
+    for name, kind in kinds.items():
+        if not (entries.get(name) is None or type(entries[name]) is kind):
+            raise InputError(f"{what}: {name} is a {type(entries[name]).__name__}; {_KINDS[kind]} is needed")
+
+
+def _require_flat(value: object) -> None:
+    level = [[value]]
+    for _ in range(_DEEPEST):
+        inner = (thing.values() if isinstance(thing, dict) else thing for thing in level)
+        level = [thing for things in inner for thing in things if isinstance(thing, dict | list)]
+        if not level:
+            return
+    raise ValueError(f"it is nested more than {_DEEPEST} times")
 
 
 def write_json(path: str | os.PathLike, value: object) -> None:

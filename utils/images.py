@@ -24,13 +24,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
     under transparent pixels appear. 16-bit grey (modes I;16 and I) is scaled to 8 bits, where `convert` would clip
     almost everything to white. Mode F has no range of its own; its values count as levels 0..255.
     """
-    if image.mode.startswith("I"):
-        levels = np.asarray(image).clip(0, 65535) * (255 / 65535)
-        image = Image.fromarray(np.rint(levels).astype(np.uint8))
-    elif image.mode == "F":
-        levels = np.nan_to_num(np.asarray(image)).clip(0, 255)
-        image = Image.fromarray(np.rint(levels).astype(np.uint8))
-    return image.convert("RGB")
+    if image.mode.startswith("I") or image.mode == "F":
+        largest, levels = (255, np.asarray(image)) if image.mode == "F" else (65535, np.asarray(image))
+        rows = (np.nan_to_num(row).clip(0, largest) * (255 / largest) for row in levels)  # as a whole it is float64
+        image = Image.fromarray(np.stack([np.rint(row).astype(np.uint8) for row in rows]))
+    return image if image.mode == "RGB" else image.convert("RGB")  # a large image is not copied for nothing
 
 
 def centre_crop(image: Image.Image, size: int) -> np.ndarray:

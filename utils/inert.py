@@ -16,6 +16,7 @@ from torch import Tensor
 
 from utils.errors import InputError
 from utils.pickles import require_modest
+from utils.torch_files import require_own_numbers
 
 _STORAGES = {
     "DoubleStorage": torch.float64,
@@ -228,4 +229,5 @@ def read_inert(path: str | Path) -> tuple[dict, Counter[str]]:
         raise InputError(f"{path} is truncated or no torch checkpoint ({type(error).__name__})") from None
     if not isinstance(contents, dict):
         raise InputError(f"{path} holds no dict of tensors; one is needed")
+    require_own_numbers(contents, Path(path))
     return contents, reader.left_out

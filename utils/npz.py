@@ -5,11 +5,14 @@ out of the archive; a compressed member is read as a stream instead. The format 
 `arr_0`: uint8 (N, H, W, 3).
 """
 
+import math
 import mmap
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -17,8 +20,24 @@ from utils.errors import InputError
 from utils.files import atomic_write
 
 BLOCK_BYTES = 16 << 20
-# What zipfile, zlib and numpy raise on a damaged file.
-_BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError, ValueError)
+# What zipfile, zlib and numpy, which reads headers as Python's literals, raise on a damaged or made-up file.
+_BROKEN = (
+    zipfile.BadZipFile,
+    zlib.error,
+    tokenize.TokenError,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # numpy's; of others zipfile unpacks a block of any size at once
+_WHOLE = 1 << 28  # bytes of a compressed array that are taken into memory at once
 
 
 class CompressedArray:
@@ -30,7 +49,7 @@ class CompressedArray:
     def __init__(self, archive: zipfile.ZipFile, info: zipfile.ZipInfo, start: int, shape: tuple, dtype: np.dtype):
         self.shape, self.dtype, self.ndim = shape, dtype, len(shape)
         self._path, self._start = archive.filename, start
-        self._row_bytes = dtype.itemsize * int(np.prod(shape[1:], dtype=np.int64))
+        self._row_bytes = dtype.itemsize * math.prod(shape[1:])
         self._stream = archive.open(info)
 
     def __len__(self) -> int:
@@ -40,9 +59,10 @@ class CompressedArray:
         first, last, stride = rows.indices(len(self))
         assert stride == 1, "a compressed member gives contiguous slices only"
         count = max(last - first, 0)
+        _require_whole(self._path, count * self._row_bytes)
         try:
             self._stream.seek(self._start + first * self._row_bytes)
-            data = bytearray(self._stream.read(count * self._row_bytes))
+            data = self._stream.read(count * self._row_bytes)
         except _BROKEN as error:
             raise InputError(f"{self._path}: a compressed array cannot be read ({error})") from error
         if len(data) != count * self._row_bytes:
@@ -84,36 +104,71 @@ def open_npy(path: str | Path) -> np.ndarray:
     Raises:
         InputError: no such array, a truncated one, or pickled objects.
     """
+    path = Path(path)
+    if not path.is_file():  # a pipe would block
+        raise InputError(f"{path}: no such file")
     try:
-        return np.lib.format.open_memmap(path, mode="r")
+        with path.open("rb") as file:
+            shape, order, dtype = _read_header(file)
+            start = file.tell()
+        size = dtype.itemsize * math.prod(shape)
+        if path.stat().st_size < start + size:
+            raise ValueError(f"{path.stat().st_size - start} bytes are too few for {dtype} {shape}")
+        return np.memmap(path, dtype, "r", start, shape, order) if size else np.zeros(shape, dtype)
     except _BROKEN as error:
-        raise InputError(f"{path} is not a readable .npy array ({error})") from error
+        raise InputError(f"{path}: damaged or not a .npy array (an interrupted copy?): {error}") from None
+
+
+def _read_header(stream: BinaryIO) -> tuple[tuple[int, ...], str, np.dtype]:
+    """Shape, order ("C" or "F") and type of an `.npy`, whose data follow; what numpy itself may crash on is refused.
+
+    Raises:
+        Exception: of many kinds, which `_BROKEN` lists.
+    """
+    version = np.lib.format.read_magic(stream)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+    shape, fortran, dtype = read(stream)
+    if dtype.hasobject:
+        raise ValueError("it holds pickled objects, which are never loaded; plain numeric arrays are needed")
+    if dtype.itemsize == 0 or min(shape, default=0) < 0:
+        raise ValueError(f"{dtype} {shape} is no array of numbers")
+    return shape, "F" if fortran else "C", dtype
 
 
 def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray | CompressedArray:
     where = f"{archive.filename}: member {info.filename!r}"
-
-    # The .npy header: shape, order and type, and where the data begin.
+    if info.compress_type not in _METHODS:
+        raise InputError(f"{where} is packed in a way that numpy does not write; numpy.savez is needed")
     try:
+        # Where the data begin, and whether they are all there.
         with archive.open(info) as stream:
-            version = np.lib.format.read_magic(stream)
-            read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-            shape, fortran, dtype = read_header[version](stream)
+            shape, order, dtype = _read_header(stream)
             start = stream.tell()
-    except (*_BROKEN, KeyError) as error:
-        raise InputError(f"{where} is not a readable .npy array ({error})") from error
-    if dtype.hasobject:
-        raise InputError(f"{where} holds pickled objects, which are never loaded; plain numeric arrays are needed")
-    if info.file_size != start + dtype.itemsize * int(np.prod(shape, dtype=np.int64)):
-        raise InputError(f"{where} has {info.file_size - start} bytes, which does not fit {dtype} {shape}")
+        size = dtype.itemsize * math.prod(shape)
+        if info.file_size != start + size:
+            raise ValueError(f"{info.file_size - start} bytes do not fit {dtype} {shape}")
 
-    # The data: in place, at once, or as a stream.
-    if info.compress_type == zipfile.ZIP_STORED and 0 not in shape:
-        return _mapped(archive, info, start, shape, "F" if fortran else "C", dtype)
-    if fortran or not shape or 0 in shape:
+        # None, in place, as a stream, or at once.
+        if size == 0:
+            return np.zeros(shape, dtype)
+        if info.compress_type == zipfile.ZIP_STORED:
+            return _mapped(archive, info, start, shape, order, dtype)
+        if order == "C" and shape:
+            return CompressedArray(archive, info, start, shape, dtype)
+        _require_whole(where, size)
         with archive.open(info) as stream:
             return np.lib.format.read_array(stream, allow_pickle=False)
-    return CompressedArray(archive, info, start, shape, dtype)
+    except InputError:
+        raise
+    except _BROKEN as error:
+        raise InputError(f"{where} is not a readable .npy array ({error})") from None
+
+
+def _require_whole(what: str, size: int) -> None:
+    """Refuse to unpack so much at once: a small file may hold any number of zeros."""
+    if size > _WHOLE:
+        problem = f"{what}: {size / 1e9:.3g} GB of a compressed array are needed at once"
+        raise InputError(f"{problem}, {_WHOLE / 1e9:.2g} are taken; numpy.savez writes it uncompressed")
 
 
 def _mapped(archive, info, start, shape, order, dtype) -> np.memmap:

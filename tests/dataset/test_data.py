@@ -27,10 +27,13 @@ def write_data(folder, *, images=None, labels=None, **info):
     return folder
 
 
+STATISTICS = {"latents_scale": [1.0] * 4, "latents_bias": [0.0] * 4}
+
+
 def write_latents(path, fingerprint, *, count=COUNT, dtype=np.float32, **info):
     array = np.random.default_rng(1).standard_normal((count, 8, 2, 2)).astype(dtype)
     np.save(f"{path}.npy", array)
-    files.write_json(f"{path}.json", {"dataset_fingerprint": fingerprint, "count": count, **info})
+    files.write_json(f"{path}.json", {"dataset_fingerprint": fingerprint, "count": count, **STATISTICS, **info})
     return array
 
 

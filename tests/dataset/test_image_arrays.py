@@ -100,5 +100,5 @@ def test_npy_files_are_mapped_and_damaged_ones_refused(tmp_path):
     (tmp_path / "zip.npz").rename(tmp_path / "zip.npy")
     np.save(tmp_path / "object.npy", np.array([{}], dtype=object))
     for name in ("cut", "zip", "object"):
-        with pytest.raises(InputError, match=rf"{name}\.npy is not a readable \.npy array"):
+        with pytest.raises(InputError, match=rf"{name}\.npy: damaged or not a \.npy array"):
             open_images(tmp_path / f"{name}.npy")

@@ -108,7 +108,7 @@ def test_weights_of_another_kind_are_refused(exps, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     contents = torch.load(exps / "repae" / "checkpoints" / "0000007.pt")
     torch.save(contents, tmp_path / "checkpoints" / "0000001.pt")
-    with pytest.raises(InputError, match=r"args\.json holds no JSON object"):
+    with pytest.raises(InputError, match=r"args\.json: a JSON object is needed"):
         load_trained(tmp_path)
     (tmp_path / "args.json").unlink()
     torch.save(contents | {"ema": {}}, tmp_path / "checkpoints" / "0000001.pt")

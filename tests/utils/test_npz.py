@@ -85,7 +85,7 @@ class Hostile:
 
 def test_pickled_members_are_refused(tmp_path, capsys):
     np.savez(tmp_path / "a.npz", arr_0=np.array([Hostile()], dtype=object))
-    with pytest.raises(InputError, match=r"a\.npz: member 'arr_0.npy' holds pickled objects"):
+    with pytest.raises(InputError, match=r"a\.npz: member 'arr_0.npy' .*it holds pickled objects"):
         open_npz(tmp_path / "a.npz")
     assert "unpickled" not in capsys.readouterr().out
 
