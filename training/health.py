@@ -36,7 +36,7 @@ class LatentSpread:
         totals = torch.stack([z.sum(dim=(0, 2, 3)), z.square().sum(dim=(0, 2, 3))])
         all_sum(totals)
         mean, square = totals / (world_size() * z[:, 0].numel())  # every process has an equal share of the batch
-        self._seen.append((square - mean.square()).clamp(min=0).sqrt())
+        self._seen.append((square - mean.square()).clamp(min=0).sqrt())  # rounding may leave less than nothing
 
     def scalars(self) -> dict[str, Tensor]:
         """Since the last call, means over the batches of all processes together: `latent_std`, the mean over channels,

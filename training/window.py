@@ -77,9 +77,8 @@ class Window:
         for name, total, count, number in zip(names, sums, counts, steps, strict=True):
             totals[name], finite[name], had[name] = totals[name] + total, finite[name] + count, had[name] + number
         row = {name: totals[name] / finite[name] if finite[name] else None for name in totals}
-        for network in self._streaks:
-            if (name := NORM + network) in had:
-                row[f"skipped_steps_{network}"] = had[name] - round(finite[name] / world_size())
+        for name in filter(lambda name: name.startswith(NORM), had):
+            row[f"skipped_steps_{name.removeprefix(NORM)}"] = had[name] - round(finite[name] / world_size())
         row["images_per_second"] = images_per_step * self.steps / self.seconds
         row["data_wait_share"] = self.waited / self.seconds
 

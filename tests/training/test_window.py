@@ -56,6 +56,21 @@ def test_bad_steps_in_a_row_are_followed_from_row_to_row(window):
     assert [bad["vae"] for bad in found] == [[1], [1, 3, 5], [], []]
 
 
+def test_a_window_that_goes_on_is_one_that_was_never_left(window):
+    """Also for a network that has not learned since."""
+    before = {1: dict(grad_norm_sit=1.0, grad_norm_vae=INF), 2: dict(grad_norm_sit=NAN)}
+    after = {3: dict(grad_norm_sit=5.0)}
+    row_of(window, before)  # closed
+    for step, scalars in before.items():
+        window.add(step, {name: torch.tensor(value) for name, value in scalars.items()})
+    resumed = Window(torch.device("cpu"))
+    resumed.load_state(window.state())
+    rows = [row_of(one, after) for one in (window, resumed)]
+    for row in rows:
+        assert (row["grad_norm_sit"], row["skipped_steps_sit"], row["skipped_steps_vae"]) == (3, 1, 1)
+    assert list(rows[0]) == list(rows[1])
+
+
 def test_of_the_last_step_the_losses_that_are_not_finite_are_known(window):
     row_of(window, {1: dict(sit_loss=NAN, d_loss=1.0), 2: dict(sit_loss=1.0, d_loss=-INF, logits_real=NAN)})
     assert window.infinite_losses() == ["d_loss"]
