@@ -36,7 +36,7 @@ lint: $(INSTALLED)  ## ruff: rules and format
 	$(BIN)/ruff format --check .
 
 clean:  ## remove build/ and caches; data, runs and .venv stay
-	rm -rf build .pytest_cache .ruff_cache
+	rm -rf build .pytest_cache .ruff_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pip is upgraded first: the one that venv brings may be too old for the wheels of the pinned versions.

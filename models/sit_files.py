@@ -25,9 +25,16 @@ TIME_WEIGHT = "t_embedder.mlp.0.weight"
 TABLE = "y_embedder.embedding_table.weight"
 # Axes of the tensors whose shapes tell a SiT's.
 _AXES = {
-    **{FIRST_KEY: 4, "pos_embed": 3, TABLE: 2, TIME_WEIGHT: 2, "blocks.0.mlp.fc1.weight": 2},
-    **{"blocks.0.attn.q_norm.weight": 1, LAST_LAYER[0]: 2, LAST_LAYER[1]: 1},
-    **{"bn.running_mean": 1, "bn.running_var": 1},
+    FIRST_KEY: 4,
+    "pos_embed": 3,
+    TABLE: 2,
+    TIME_WEIGHT: 2,
+    "blocks.0.mlp.fc1.weight": 2,
+    "blocks.0.attn.q_norm.weight": 1,
+    LAST_LAYER[0]: 2,
+    LAST_LAYER[1]: 1,
+    "bn.running_mean": 1,
+    "bn.running_var": 1,
 }
 _AXES_OF_PROJECTORS = {"0.weight": 2, "4.weight": 2}  # projectors.<number>.<name>
 

@@ -85,7 +85,7 @@ def require_own_numbers(contents: Mapping, path: Path) -> None:
             waiting += thing.values()
         elif isinstance(thing, list | tuple | set):
             waiting += thing
-    if count > _SHARED * _unpacked_size(path):
+    if count > max(_SMALL // 4, _SHARED * _unpacked_size(path)):
         raise InputError(f"{path} describes tensors of {count} numbers, more than the file can hold")
 
 

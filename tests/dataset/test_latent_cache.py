@@ -121,3 +121,18 @@ def test_disk_and_folder_are_checked_first(tmp_path):
     with pytest.raises(InputError, match=r"--output-dir: .* cannot be written"):
         LatentCache(tmp_path / "file" / "z", description()).start()
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("kind", ["npy", "done"])
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:-1], lambda data: data.replace(b"(", b"(-")])
+def test_an_unfinished_cache_whose_files_are_damaged_is_begun_anew(tmp_path, caplog, kind, damage):
+    part = tmp_path / f"z.{kind}.tmp-cache"
+    cache = opened(tmp_path)
+    write(cache, range(COUNT))
+    cache.flush()
+    part.write_bytes(damage(part.read_bytes()))
+    again = opened(tmp_path)
+    assert (
+        again.missing_blocks(5) == [range(5), range(5, 10)]
+        and "is damaged: all latents are encoded anew" in caplog.text
+    )

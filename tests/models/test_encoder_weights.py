@@ -45,8 +45,8 @@ def test_timms_converted_copy_is_the_same_encoder(name, tmp_path):
 # Wrong files
 
 
-MAE_L = {"model": {"patch_embed.proj.weight": torch.zeros(()).expand(1024, 3, 16, 16)}}
-DINOV2_B = {"patch_embed.proj.weight": torch.zeros(()).expand(768, 3, 14, 14), "pos_embed": torch.zeros(1, 1370, 768)}
+MAE_L = {"model": {"patch_embed.proj.weight": torch.zeros(1024, 3, 16, 16)}}
+DINOV2_B = {"patch_embed.proj.weight": torch.zeros(768, 3, 14, 14), "pos_embed": torch.zeros(1, 1370, 768)}
 
 
 @pytest.mark.parametrize(

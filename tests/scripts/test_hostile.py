@@ -63,7 +63,7 @@ def test_generate_refuses_a_hostile_checkpoint_in_one_line(exps, tmp_path, capsy
         file.write_text("<html>404</html>")
     words = {
         "planted": "holds an object of posix.system",
-        "packed zeros": "unpacks to 0.0042 GB",
+        "packed zeros": "unpacks to 0.00419 GB",
         "numbers repeated": "more than the file can hold",
         "page": "is no torch checkpoint",
     }
