@@ -1,4 +1,4 @@
-"""One thread, so that bits do not depend on the machine and tests do not crowd each other; and small inputs."""
+"""One thread, so that bits do not depend on the machine and tests do not crowd each other; no GPU; and small inputs."""
 
 import os
 
@@ -8,6 +8,15 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    """Cards are for the tests marked `gpu`: the others, and the processes that they start, are those of a CPU anywhere.
+
+    CUDA reads the variable when it is first asked for, which neither torch's import nor this file does.
+    """
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session")

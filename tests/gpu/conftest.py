@@ -20,7 +20,9 @@ def pytest_collection_modifyitems(items):
         if item.get_closest_marker("gpu"):
             item.user_properties.append(("on_gpu", True))  # keywords would not tell: the folder's name is one
             if not torch.cuda.is_available():
-                item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))
+                item.add_marker(
+                    pytest.mark.skip(reason="torch sees no CUDA device (`-m gpu`, word for word, shows it one)")
+                )
 
 
 @pytest.fixture
