@@ -25,7 +25,8 @@ def place(tmp_path_factory):
     import cache_latents
     from tests.support import small
 
-    place = small.write_place(tmp_path_factory.mktemp("place"))
+    size = small.ON_A_CARD if torch.cuda.is_available() else {}
+    place = small.write_place(tmp_path_factory.mktemp("place"), **size)
     cache_latents.main(small.cache_options(place, place.latents))
     return place
 

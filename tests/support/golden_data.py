@@ -42,7 +42,7 @@ class Tally:
         self.limit, self.shares = limit, {}
 
     def within(self, kind: str, difference: float, tolerance: float, where="") -> None:
-        share = float(difference) / tolerance if tolerance else (math.inf if difference else 0.0)
+        share = float(difference / tolerance) if tolerance else (math.inf if difference else 0.0)
         self.shares[kind] = max(self.shares.get(kind, 0.0), share)
         assert share <= self.limit, f"{kind} {where}: off by {difference:.3g}, {tolerance:.3g} is allowed"
 
