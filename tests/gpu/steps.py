@@ -98,5 +98,6 @@ def live_bytes() -> int:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # settles what was freed while a stream still used it, such as a batch
         return torch.cuda.memory_allocated()
     return sum(one.nbytes for one in gc.get_objects() if type(one) in (torch.Tensor, torch.nn.Parameter))

@@ -42,7 +42,7 @@ LOSSES = {"bf16": 0.1, "fp16": 0.03}
 # Of 1 - cosine: AdamW's first steps are signs of gradients, which rounding turns over where these are near zero.
 MOVEMENTS = {"bf16": 0.15, "fp16": 0.1}
 ROUNDING = 2e-3  # of a compiled graph
-GROWTH = 2**16  # bytes: a batch may still be on its way; 512 a step, the least that CUDA gives, would be more
+GROWTH = 2**16  # bytes; 512 a step, the least that CUDA gives, would be more
 
 
 @HALF_PRECISION
@@ -149,10 +149,16 @@ RESUMED = [(script, False) for script in steps.SCRIPTS] + [("train_repae", True)
 
 @pytest.mark.parametrize(("script", "compiled"), RESUMED)
 @pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), GPU])
-def test_resumed_is_uninterrupted(script, compiled, device, place, tmp_path):
-    """To the last bit, under --deterministic. (On a CPU tests/scripts/test_training.py asks it of eager runs.)"""
+def test_resumed_is_uninterrupted(script, compiled, device, place, vgg_file, tmp_path):
+    """To the last bit, under --deterministic and with LPIPS, whose pooling may have no deterministic gradient.
+
+    On a CPU tests/scripts/test_training.py asks it of eager runs, without LPIPS.
+    """
     torch._dynamo.reset()
     how = dict(deterministic=True, compile=compiled)
+    if script != "train_ldm_only":
+        loss = small.write_loss_config(tmp_path / "loss.yaml", perceptual_weight=1.0)
+        how |= dict(loss_cfg_path=loss, lpips_weights=vgg_file)
     steps.train(script, place, tmp_path, "whole", **how)
     steps.train(script, place, tmp_path, "run", max_train_steps=2, **how)
     steps.train(script, place, tmp_path, "run", resume="latest", **how)
