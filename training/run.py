@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import json
 import logging
 import math
 import sys
@@ -273,8 +272,7 @@ class Run:
         if not (self.goes_on and self._is_due(self.start_step, every)):
             return False
         path = self.folder / run_folder.EVALUATIONS  # rank 0 wrote it; others may not see it as it is now
-        rows = path.read_text().splitlines() if self.is_main and path.is_file() else []
-        return from_main(all(json.loads(row)["step"] != self.start_step for row in rows))
+        return from_main(self.is_main and not run_folder.has_row(path, self.start_step))
 
     def _lacks_pictures(self, every: int) -> bool:
         """As `_lacks_evaluation`, of the preview grids."""
