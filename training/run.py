@@ -83,7 +83,7 @@ class Run:
             if self.resume_from is not None and not self.resume_from.is_file():
                 problem = f"rank 0 goes on from {self.resume_from}, which this process does not see"
                 raise InputError(f"--resume: {problem}; --output-dir must be one folder for all machines")
-        self._done = self.start_step
+        self._done, self._stopped_together = self.start_step, False
 
     def __enter__(self) -> "Run":
         return self
@@ -101,6 +101,8 @@ class Run:
             logging.getLogger().removeHandler(handler)
             handler.close()
         self._lock.release()
+        if self._stopped_together:
+            self.wait()  # a launcher ends the others, with rank 0 in its trackers, as soon as one has left
 
     # ------------------------------------------------------------------ processes
 
@@ -291,6 +293,7 @@ class Run:
     def _stopped(self) -> Interrupt:
         """How a run ends that was asked to stop, once its checkpoint is on the disk."""
         self._require_saved()
+        self._stopped_together = True
         cause = self._stopping.cause or "a signal to another process"
         return Interrupt(f"by {cause}, after step {self._done} with a checkpoint; --resume latest goes on from it")
 
