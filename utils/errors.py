@@ -135,17 +135,19 @@ def on_signals(handler: Callable) -> Iterator[None]:
 
 
 def leave_signals_to_the_parent(*_) -> None:
-    """For a helper process, which its parent ends: Ctrl-C and many schedulers signal all processes of a job at once."""
+    """For a helper process, which ends with its parent: Ctrl-C and many schedulers signal all processes of a job."""
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     # Python ends the children that are left with SIGTERM, and waits for them: from the parent it counts.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
 
-def _end_with_the_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:  # no longer, where it was killed
+        signalled = signal.sigtimedwait({signal.SIGTERM}, 1)
+        if signalled is not None and signalled.si_pid == parent:
+            break
     os._exit(0)
 
 
