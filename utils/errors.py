@@ -140,13 +140,16 @@ def leave_signals_to_the_parent(*_) -> None:
         signal.signal(number, signal.SIG_IGN)
     # Python ends the children that are left with SIGTERM, and waits for them: from the parent it counts.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with_the_parent, args=(os.getppid(),), daemon=True).start()
 
 
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:  # no longer, where it was killed
+def _end_with_the_parent(forked_from: int) -> None:
+    import multiprocessing
+
+    parent = multiprocessing.parent_process()  # not what this one was forked from where a fork server does that
+    while os.getppid() == forked_from and parent.is_alive():
         signalled = signal.sigtimedwait({signal.SIGTERM}, 1)
-        if signalled is not None and signalled.si_pid == parent:
+        if signalled is not None and signalled.si_pid == parent.pid:
             break
     os._exit(0)
 
