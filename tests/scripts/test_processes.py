@@ -56,7 +56,8 @@ def lines(end) -> list[str]:
 def test_both_stop_after_the_same_step_with_one_checkpoint(fault, options, cause, step, place, tmp_path):
     first, second = with_fault(fault, place, tmp_path, **options)
     assert first.returncode == second.returncode == REQUEUE
-    said = f"faulty.py: stopped: by {cause}, after step {step}; --resume latest goes on from its checkpoint, of step {step}"
+    goes_on = f"--resume latest goes on from its checkpoint, of step {step}"
+    said = f"faulty.py: stopped: by {cause}, after step {step}; {goes_on}"
     assert lines(first) == [said] and lines(second) == []
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"{step:07d}.pt"]
 
