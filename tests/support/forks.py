@@ -9,6 +9,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.support.small import ROOT
@@ -19,11 +20,13 @@ FORKS.set_forkserver_preload(["train_repae", "train_vae", "generate", "evaluate"
 
 
 class Fork:
-    """`python <words>` from the repository's root; its output is text."""
+    """`python <words>` from the repository's root; its output is text. `before` is called in the process, first."""
 
-    def __init__(self, *words):
+    def __init__(self, *words, before: Callable[[], object] | None = None):
         self.words, self.output = [str(word) for word in words], tempfile.TemporaryDirectory()
-        self.process = FORKS.Process(target=_run, args=(self.words, self.output.name))
+        for name in ("stdout", "stderr"):  # here: a process may be killed before it writes
+            Path(self.output.name, name).touch()
+        self.process = FORKS.Process(target=_run, args=(self.words, self.output.name, before))
         self.process.start()
 
     def wait(self, timeout: float = 240) -> subprocess.CompletedProcess:
@@ -36,9 +39,12 @@ class Fork:
         return subprocess.CompletedProcess(self.words, self.process.exitcode, stdout, stderr)
 
 
-def _run(words: list[str], output: str) -> None:
+def _run(words: list[str], output: str, before: Callable[[], object] | None) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # Linux' default; a child of the fork server has its own
+    if before is not None:
+        before()
     os.chdir(ROOT)
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(Path(output, name), os.O_WRONLY | os.O_CREAT), descriptor)
+        os.dup2(os.open(Path(output, name), os.O_WRONLY), descriptor)
     sys.argv = words
     runpy.run_path(words[0], run_name="__main__")
