@@ -15,7 +15,6 @@ os.environ["OMP_NUM_THREADS"] = "1"  # bits depend on the number of threads; bef
 import argparse
 import contextlib
 import io
-import random
 import signal
 import sys
 import tempfile
@@ -26,7 +25,7 @@ import torch
 
 from benchmarks.common import RESULTS, report
 from tests.faults.jobs import SCRIPTS, write_jobs
-from tests.faults.kills import STARTS, Outcome, end_orphans, run_killed, run_undisturbed
+from tests.faults.kills import run_all, run_undisturbed
 from tests.faults.outputs import is_known
 from tests.support.forks import Fork
 
@@ -51,11 +50,7 @@ def main(argv: list[str] | None = None) -> int:
             whole = run_undisturbed(job, Path(root))
             print(f"{name}: {whole.seconds:.1f} s, {whole.looks} looks", flush=True)
             for number in (signal.SIGKILL, signal.SIGTERM) if job.trains else (signal.SIGKILL,):
-                outcome, draw = Outcome(), random.Random(f"{args.seed} {name} {number}")
-                while outcome.kills < args.kills:
-                    run_killed(job, number, whole, draw, outcome, draw.randint(1, STARTS))
-                if orphans := end_orphans(outcome.groups):
-                    outcome.faults.append(f"{name}: {orphans} helper processes stay when the main one is killed")
+                outcome = run_all(job, number, whole, kills=args.kills, seed=args.seed)
                 row = {"script": name, "signal": number.name, "kills": outcome.kills, "restarts": outcome.restarts}
                 row |= {"jobs": outcome.jobs, "survived": outcome.survived, "equal": outcome.equal}
                 rows.append(row | {"left over": outcome.jobs - outcome.clean})

@@ -18,7 +18,6 @@ SCRIPTS = (
     "generate",
     "train_vae",
 )
-STEPS = 5
 
 
 @dataclass(frozen=True)
@@ -46,13 +45,13 @@ class Job:
         return [f"{self.script}.py", *self.argv, *retention]
 
 
-def write_jobs(root: Path, *, log_steps: int = 1) -> dict[str, Job]:
+def write_jobs(root: Path, *, steps: int = 5, log_steps: int = 1) -> dict[str, Job]:
     """The jobs by script, with their inputs; each writes into `<root>/work/<script>`."""
     place = small.write_place(root / "place")
     cache_latents.main(small.cache_options(place, place.latents))
     exps, images, work = sampling.write_runs(root / "exps"), write_images(root / "images"), root / "work"
 
-    train = dict(resume="latest", max_train_steps=STEPS, checkpointing_steps=1, log_steps=log_steps, num_workers=1)
+    train = dict(resume="latest", max_train_steps=steps, checkpointing_steps=1, log_steps=log_steps, num_workers=1)
     pictures = dict(num_preview=2, sampling_steps=2)
     evaluation = dict(eval_steps=3, eval_reference=place.data, eval_features=place.encoder, eval_samples=8)
     argv = {

@@ -24,7 +24,6 @@ from utils.errors import REQUEUE
 LOOKS = ("open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate", "shutil.rmtree")
 STARTS = 3  # of a job that are disturbed, at most
 _CODES = {signal.SIGKILL: (-signal.SIGKILL,), signal.SIGTERM: (-signal.SIGTERM, REQUEUE)}  # of a killed job
-ORPHANS_SECONDS = 12.0  # helper processes notice within some seconds that their parent is gone
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class Outcome:
     jobs: int = 0
     kills: int = 0
     restarts: int = 0
-    survived: int = 0
+    survived: int = 0  # those whose command ended well
     equal: int = 0
     clean: int = 0
     faults: list[str] = field(default_factory=list)
@@ -85,6 +84,16 @@ def run_undisturbed(job: Job, root: Path) -> Undisturbed:
     return Undisturbed(whole, seconds, looks)
 
 
+def run_all(job: Job, number: int, whole: Undisturbed, *, kills: int, seed: int, patience: float = 12.0) -> Outcome:
+    """Jobs of a script until so many kills have met them; their helpers are given `patience` seconds to notice."""
+    outcome, draw = Outcome(), random.Random(f"{seed} {job.script} {number}")
+    while outcome.kills < kills:
+        run_killed(job, number, whole, draw, outcome, draw.randint(1, min(STARTS, kills)))
+    if orphans := end_orphans(outcome.groups, patience):
+        outcome.faults.append(f"{job.script}: {orphans} helper processes stay when the main one is killed")
+    return outcome
+
+
 def run_killed(job: Job, number: int, whole: Undisturbed, draw: random.Random, outcome: Outcome, kills: int) -> None:
     """A job that is killed so many times, if it does not end before, and then left alone; added to the outcome."""
     shutil.rmtree(job.folder, ignore_errors=True)
@@ -97,7 +106,8 @@ def run_killed(job: Job, number: int, whole: Undisturbed, draw: random.Random, o
         history.append(f"{kill or 'alone'}: {done.returncode}")
         problems = [f"lost: {name}" for name in sorted(outputs.lost(job, before, whole.folder))]
         problems += [f"not whole: {name}" for name in outputs.not_whole(job, whole.folder)]
-        problems += ["a traceback: " + done.stderr.splitlines()[-1]] if "Traceback" in done.stderr else []
+        if "Traceback" in done.stderr and done.returncode >= 0:  # else of a helper whose parent is gone
+            problems.append(f"a traceback: {done.stderr.splitlines()[-1]}")
         was_killed = kill is not None and done.returncode in _CODES[number]
         if was_killed:
             outcome.kills += 1
@@ -135,9 +145,9 @@ def _end(job: Job, done: CompletedProcess, whole: Path, outcome: Outcome) -> lis
     return missing + differences + left_over
 
 
-def end_orphans(groups: set[int]) -> int:
-    """Wait for the helpers of killed processes to end by themselves; end those that do not, and count them."""
-    deadline = time.monotonic() + ORPHANS_SECONDS
+def end_orphans(groups: set[int], seconds: float) -> int:
+    """Wait so long for the helpers of killed processes to end by themselves; end those that do not, and count them."""
+    deadline = time.monotonic() + seconds
     while (alive := _members(groups)) and time.monotonic() < deadline:
         time.sleep(0.2)
     for pid in alive:

@@ -17,9 +17,8 @@ KNOWN = {
     r"^preprocessing: code 2, .* holds images.npy": "dataset/preprocess.py: killed between its files' last renames",
     r"^preprocessing: left over: .*\.tmp-": "dataset/preprocess.py",
     r"^preprocessing: \d+ helper processes": "dataset/preprocess.py: its pool outlives a main process that is killed",
-    r"^cache_latents: left over: .*\.tmp-": "dataset/latent_cache.py",
     r"^train_\w+: missing: run/samples/": "training/run.py: killed between a checkpoint and the pictures of its step",
-    r"^train_\w+: left over: run/(samples/.*|args.json)\.tmp-": "training/run_folder.py",
+    r"^train_\w+: left over: run/samples/.*\.tmp-": "training/run.py: the same",
     r"^train_\w+: code 2, .*run exists already": "training/run_folder.py: killed before the first args.json",
 }
 GROWING = (".jsonl", ".txt")
