@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 BENCHMARKS := train_step sample cache data preprocess evaluate checkpoint scaling scaling_check
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart study test test-slow test-gpu bench lint clean
+.PHONY: help quickstart study test test-slow test-gpu faults bench lint clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ test-slow: $(INSTALLED)  ## the tests of full-size networks and long runs
 
 test-gpu: $(INSTALLED)  ## the acceptance suite of a GPU: ends with a table, and a file in benchmarks/results/
 	$(BIN)/python -m pytest tests/gpu -m gpu
+
+faults: $(INSTALLED)  ## every script killed at random moments and started again: nothing may be lost; a quarter of an hour
+	$(BIN)/python -m tests.faults
 
 bench: $(INSTALLED)  ## the benchmarks at this machine's size; results in benchmarks/results/
 	set -e; for name in $(BENCHMARKS); do echo; echo "== $$name =="; $(BIN)/python -m benchmarks.$$name; done

@@ -77,6 +77,8 @@ def main(argv: list[str] | None = None) -> None:
         job, store = sampling_job(args, trained), open_store(args, output_name(args, trained), trained.resolution)
         if processes.is_main_process:
             description, output = job.description(processes.device), output_options(args, store)
+            if not args.overwrite:
+                store.clear_finished(description)
             store.check(description, **output)
         network = feature_network(args, trained.resolution)
     published = published_result(args)

@@ -15,7 +15,7 @@ from models.vae_architecture import build_vae, vae_config
 from models.vae_keys import to_ldm
 from models.vae_state import Say, choose_config, find_state, log_line, recorded_config, vae_from_state
 from utils.errors import InputError
-from utils.files import atomic_write, sha256, sync
+from utils.files import atomic_write, remove_abandoned, sha256, sync
 
 DIFFUSERS_FOLDER = "diffusers"  # inside the VAE's own folder
 
@@ -85,6 +85,8 @@ def save_vae_files(
 ) -> Path:
     """Write a VAE as the public `.pt` files and as a diffusers folder, under temporary names until all are whole.
 
+    A folder that is not there yet appears with all of them at once: what is killed on the way can be started again.
+
     Args:
         folder: where `<name>/` is made, with `<name>.pt` (LDM keys), `<name>-latents-stats.pt` and `diffusers/`, whose
             configuration carries `latents_mean` and `latents_std`.
@@ -99,8 +101,6 @@ def save_vae_files(
         require_new_vae_files(folder, name)
 
     # The public files and what they hold.
-    target = Path(folder, name)
-    paths = {kind: target / file for kind, file in vae_file_names(name).items()}
     stats = None
     if scale is not None:
         scale, bias = (value.detach().float().cpu().reshape(1, -1, 1, 1) for value in (scale, bias))
@@ -111,15 +111,18 @@ def save_vae_files(
         "discriminator": None if discriminator_state is None else _on_cpu(discriminator_state),
     }
 
-    # All are written before the first gets its name: a failure on the way leaves the old set as it was.
-    with contextlib.ExitStack() as stack:
+    target = Path(folder, name)
+    with contextlib.nullcontext(target) if target.exists() else _atomic_folder(target, replace=False) as where:
+        paths = {kind: where / file for kind, file in vae_file_names(name).items()}
+        # All are written before the first gets its name: a failure on the way leaves the old set as it was.
+        with contextlib.ExitStack() as stack:
+            for kind, content in contents.items():
+                if content is not None:
+                    torch.save(content, stack.enter_context(atomic_write(paths[kind])))
+            _save_diffusers(vae, stats, stack.enter_context(_atomic_folder(paths["diffusers"], replace=True)))
         for kind, content in contents.items():
-            if content is not None:
-                torch.save(content, stack.enter_context(atomic_write(paths[kind])))
-        _save_diffusers(vae, stats, stack.enter_context(_atomic_folder(paths["diffusers"])))
-    for kind, content in contents.items():
-        if content is None:
-            paths[kind].unlink(missing_ok=True)  # of the VAE that was overwritten
+            if content is None:
+                paths[kind].unlink(missing_ok=True)  # of the VAE that was overwritten
     return target
 
 
@@ -150,8 +153,9 @@ def _save_diffusers(vae: AutoencoderKL, stats: Mapping[str, Tensor] | None, fold
 
 
 @contextlib.contextmanager
-def _atomic_folder(path: Path):
+def _atomic_folder(path: Path, *, replace: bool):
     """`utils.files.atomic_write` for a folder; while an old one is replaced there is a moment without any."""
+    remove_abandoned(path)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -159,8 +163,10 @@ def _atomic_folder(path: Path):
         yield temporary
         for file in temporary.iterdir():
             sync(file)
-        shutil.rmtree(path, ignore_errors=True)
+        if replace:
+            shutil.rmtree(path, ignore_errors=True)
         temporary.rename(path)
+        sync(path.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

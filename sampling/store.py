@@ -67,6 +67,17 @@ class SampleStore:
         needed = 2 * int(np.prod(self.shape, dtype=np.int64)) + extra_bytes - there
         require_disk(self.target, needed, f"{FLAG}: the samples")
 
+    def clear_finished(self, job: dict) -> None:
+        """Remove the partial files of this job beside its result: it was killed when all was done but that.
+
+        Raises:
+            InputError: another job is at work under this name.
+        """
+        if self.target.exists() and self._is_partial(job) and not self.missing():
+            self._lock.acquire(self._taken())
+            self.discard()
+            self.release()
+
     def interrupted(self) -> dict | None:
         """What a partial job of this name depends on, whichever its options are; None: there is none."""
         return self._read_job() if all(file.is_file() for file in self.partial_files) else None
@@ -82,7 +93,7 @@ class SampleStore:
         Raises:
             InputError: as `check`; or another job is at work under this name.
         """
-        self._lock.acquire(f"{FLAG}: another job is at work on {self.target}")
+        self._lock.acquire(self._taken())
         self.check(job, **check)
         for unfinished in self.target.parent.glob(f"{glob.escape(self.target.name)}.tmp-*"):  # killed in `finish`
             unfinished.unlink()
@@ -138,6 +149,9 @@ class SampleStore:
     def release(self) -> None:
         """Let other jobs take this name; on the process that called `create`, and without effect on others."""
         self._lock.release()
+
+    def _taken(self) -> str:
+        return f"{FLAG}: another job is at work on {self.target}"
 
     def _holds_work(self) -> bool:
         """Whether some batch is finished; a job that died before its first one is nobody's loss."""

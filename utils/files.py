@@ -1,6 +1,7 @@
 """Files that get their final name only when they are whole, and room for them checked beforehand."""
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -18,7 +19,8 @@ _KINDS = {int: "a whole number", str: "a text", list: "a list"}
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Give a temporary path to write; it becomes `path` when the block ends, and is removed when the block fails.
 
-    A reader sees the old file or the new one, never a part, even after a power cut. Missing folders are made.
+    A reader sees the old file or the new one, never a part, even after a power cut. Missing folders are made. What a
+    killed process has left of this file is removed.
     (`np.save` adds ".npy" to the temporary name: hand it an open file instead.)
 
     Args:
@@ -28,6 +30,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(path)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         yield temporary
@@ -37,6 +40,24 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def remove_abandoned(path: Path) -> None:
+    """Remove `<name>.tmp-<pid>` of processes that are no more; files and folders."""
+    for temporary in path.parent.glob(f"{glob.escape(path.name)}.tmp-*"):
+        pid = temporary.name.rpartition("-")[2]
+        if pid.isdecimal() and not _is_alive(int(pid)):
+            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
 
 
 def sync(path: str | os.PathLike) -> None:

@@ -67,6 +67,21 @@ def test_an_unfinished_job_gets_no_npz(tmp_path):
     assert not store.target.exists()
 
 
+def test_a_job_killed_beside_its_result_leaves_nothing(tmp_path, monkeypatch):
+    """Of this job alone: another one's samples stay."""
+    store = start(tmp_path)
+    for batch in range(store.num_batches):
+        store.write(batch, batch_of(store, batch))
+    with monkeypatch.context() as patch:
+        patch.setattr(SampleStore, "discard", lambda store: None)
+        store.finish(np.arange(10))
+    again = make(tmp_path)
+    again.clear_finished(JOB | {"run": "another"})
+    assert len(list(store.target.parent.iterdir())) == 4
+    again.clear_finished(JOB)
+    assert [path.name for path in store.target.parent.iterdir()] == ["r.npz"]
+
+
 def test_a_batch_counts_as_finished_only_when_it_is_on_disk(tmp_path, monkeypatch):
     store = start(tmp_path)
     written, pwrite = [], os.pwrite

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.support.small import ROOT
@@ -20,17 +21,19 @@ FORKS.set_forkserver_preload(["train_repae", "train_vae", "generate", "evaluate"
 
 
 class Fork:
-    """`python <words>` from the repository's root, in a process group of its own; its output is text."""
+    """`python <words>` from the repository's root, in a process group of its own; its output is text.
 
-    def __init__(self, *words, **environment: str):
+    Args:
+        before: is called in the process, first.
+        environment: variables beside this process's own.
+    """
+
+    def __init__(self, *words, before: Callable[[], object] | None = None, **environment: str):
         self.words, self.output = [str(word) for word in words], tempfile.TemporaryDirectory()
-        self.process = FORKS.Process(target=_run, args=(self.words, self.output.name, environment))
+        for name in ("stdout", "stderr"):  # here: a process may be killed before it writes
+            Path(self.output.name, name).touch()
+        self.process = FORKS.Process(target=_run, args=(self.words, self.output.name, environment, before))
         self.process.start()
-
-    @property
-    def stderr(self) -> str:
-        """What it has said so far."""
-        return Path(self.output.name, "stderr").read_text()
 
     def wait(self, timeout: float = 240) -> subprocess.CompletedProcess:
         self.process.join(timeout)
@@ -51,12 +54,14 @@ def two_processes(*words) -> list[Fork]:
     return [Fork(*words, RANK=rank, LOCAL_RANK=rank, **job) for rank in "01"]
 
 
-def _run(words: list[str], output: str, environment: dict[str, str]) -> None:
-    os.chdir(ROOT)
+def _run(words: list[str], output: str, environment: dict[str, str], before: Callable[[], object] | None) -> None:
     os.setpgid(0, 0)
+    if before is not None:
+        before()
+    os.chdir(ROOT)
     os.environ.update(environment)
     multiprocessing.set_start_method("fork", force=True)  # as it is in a user's process, for the loader's processes
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(Path(output, name), os.O_WRONLY | os.O_CREAT), descriptor)
+        os.dup2(os.open(Path(output, name), os.O_WRONLY), descriptor)
     sys.argv = words
     runpy.run_path(words[0], run_name="__main__")

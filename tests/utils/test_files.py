@@ -1,7 +1,9 @@
 """Files that appear whole or not at all, checksums, and room on the disk."""
 
 import json
+import os
 import shutil
+import subprocess
 
 import pytest
 
@@ -21,6 +23,18 @@ def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path):
     with files.atomic_write(path) as temporary:
         temporary.write_text("new")
     assert path.read_text() == "new"
+
+
+def test_what_a_killed_process_left_goes_with_the_next_write(tmp_path):
+    """Not what another one is writing now, nor another file's."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    left = {name: tmp_path / f"{name}.tmp-{ended.pid}" for name in ("a.json", "b.json")}
+    alive = tmp_path / f"a.json.tmp-{os.getppid()}"
+    for path in (*left.values(), alive):
+        path.touch()
+    files.write_json(tmp_path / "a.json", 1)
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", alive.name, left["b.json"].name}
 
 
 def test_sha256_is_that_of_the_standard(tmp_path):

@@ -1,0 +1,1 @@
+"""`make faults`: the scripts killed at random moments and started again, against undisturbed runs."""
