@@ -68,14 +68,15 @@ class SampleStore:
         require_disk(self.target, needed, f"{FLAG}: the samples")
 
     def clear_finished(self, job: dict) -> None:
-        """Remove the partial files of this job beside its result: it was killed when all was done but that.
+        """Remove what this job has left beside its result, lock included: it was killed when all was done but that.
 
         Raises:
             InputError: another job is at work under this name.
         """
-        if self.target.exists() and self._is_partial(job) and not self.missing():
+        if self.target.exists() and self._lock.path.exists():
             self._lock.acquire(self._taken())
-            self.discard()
+            if self._is_partial(job) and not self.missing():
+                self.discard()
             self.release()
 
     def interrupted(self) -> dict | None:
