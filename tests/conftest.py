@@ -1,4 +1,4 @@
-"""One thread, so that bits do not depend on the machine and tests do not crowd each other; and small inputs."""
+"""One thread, so that bits do not depend on the machine and tests do not crowd each other; no GPU; and small inputs."""
 
 import os
 
@@ -17,9 +17,18 @@ settings.register_profile(
     derandomize=True,
     database=None,
     deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("repeatable")
+
+
+def pytest_configure(config):
+    """Cards are for the tests marked `gpu`: the others, and the processes that they start, are those of a CPU anywhere.
+
+    CUDA reads the variable when it is first asked for, which neither torch's import nor this file does.
+    """
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +37,8 @@ def place(tmp_path_factory):
     import cache_latents
     from tests.support import small
 
-    place = small.write_place(tmp_path_factory.mktemp("place"))
+    size = small.ON_A_CARD if torch.cuda.is_available() else {}
+    place = small.write_place(tmp_path_factory.mktemp("place"), **size)
     cache_latents.main(small.cache_options(place, place.latents))
     return place
 

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import json
 import logging
 import math
 import sys
@@ -71,8 +70,7 @@ class Run:
             if args.batch_size % self.world_size:
                 raise InputError(f"--batch-size: {args.batch_size} images do not divide by {self.world_size} processes")
             if self.is_main:
-                if self._lock.path.exists():
-                    self._lock.require_free(self._taken())
+                self._lock.require_free(self._taken())
                 start = run_folder.starting_point(args, whole=True)
         self._start = from_main(start if self.is_main else None)
         self.start_step, self.resume_from, self.goes_on, notes = self._start
@@ -81,7 +79,7 @@ class Run:
             if self.resume_from is not None and not self.resume_from.is_file():
                 problem = f"rank 0 goes on from {self.resume_from}, which this process does not see"
                 raise InputError(f"--resume: {problem}; --output-dir must be one folder for all machines")
-        self._done = self.start_step
+        self._done, self._stopped_together = self.start_step, False
 
     def __enter__(self) -> "Run":
         return self
@@ -96,6 +94,8 @@ class Run:
         if self._reports is not None:
             self._reports.close()
         self._lock.release()
+        if self._stopped_together:
+            self.wait()  # a launcher ends the others, with rank 0 in its trackers, as soon as one has left
 
     # ------------------------------------------------------------------ processes
 
@@ -247,6 +247,7 @@ class Run:
     def _stopped(self) -> Interrupt:
         """How a run ends that was asked to stop, once its checkpoint is on the disk."""
         self._require_saved()
+        self._stopped_together = True
         cause, saved = self._stopping.cause or "a signal to another process", latest_step(self.folder)
         on = f"--resume latest goes on from its checkpoint, of step {saved}"
         stays = "there is no checkpoint" if saved is None else on
@@ -273,8 +274,7 @@ class Run:
         if not (self.goes_on and self._is_due(self.start_step, every)):
             return False
         path = self.folder / run_folder.EVALUATIONS  # rank 0 wrote it; others may not see it as it is now
-        rows = path.read_text().splitlines() if self.is_main and path.is_file() else []
-        return from_main(all(json.loads(row)["step"] != self.start_step for row in rows))
+        return from_main(self.is_main and not run_folder.has_row(path, self.start_step))
 
     def _lacks_pictures(self, every: int) -> bool:
         """As `_lacks_evaluation`, of the preview grids."""

@@ -155,9 +155,13 @@ def changed_flags(
 ) -> list[str]:
     """Notes on flags that had other values in the run's earlier part; those `from_checkpoint` are not read again."""
     file = folder / "args.json"
-    before = read_object(file) if file.is_file() else {}
+    before, notes = {}, []
+    if file.is_file():
+        try:
+            before = read_object(file)
+        except InputError as error:  # it is written anew, and what counts is in the checkpoint
+            notes.append(f"the run's earlier options cannot be read: {error}")
     changed = {key: value for key, value in vars(args).items() if key in before and before[key] != value}
-    notes = []
     for key, value in changed.items():
         flag = flag_of(key)
         if key in from_checkpoint and value is not None:
@@ -179,6 +183,11 @@ def _forget_rows_after(folder: Path, step: int) -> None:
         rows = zip(lines, steps, strict=True)
         with atomic_write(path) as temporary:
             temporary.write_text("".join(f"{line}\n" for line, of in rows if of is not None and of <= step))
+
+
+def has_row(path: Path, step: int) -> bool:
+    """Whether a file of rows has one of this step."""
+    return path.is_file() and any(_step_of(line) == step for line in path.read_text(errors="replace").split("\n"))
 
 
 def _step_of(line: str) -> int | None:

@@ -29,8 +29,9 @@ def read_checkpoint(path: str | Path, *, need: tuple[str, ...] = ("model", "ema"
     """
     checkpoint = read_torch_file(path)
     require_entries(checkpoint, path, need)
-    if checkpoint.get("format", FORMAT) > FORMAT:
-        raise InputError(f"{path} has format {checkpoint['format']}; this code reads up to {FORMAT}")
+    version = checkpoint.get("format", FORMAT)
+    if not isinstance(version, int) or version > FORMAT:
+        raise InputError(f"{path} has format {version!r}; this code reads up to {FORMAT}")
 
     # The public code pickled argparse's Namespace.
     args = checkpoint.get("args", {})

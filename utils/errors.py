@@ -14,6 +14,9 @@ from pathlib import Path
 
 _MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
 
+# Of torch's messages where another process of the job has ended: gloo's, NCCL's and the store's.
+_LOST_PROCESS = ("gloo/transport/", "Connection closed by peer", "ncclRemoteError", "Connection was likely closed")
+
 # What asks a job to end: a user's Ctrl-C, and a scheduler that takes the machine away or warns that it will.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 REQUEUE = 75  # exit code, sysexits' EX_TEMPFAIL: the job was taken away, and the same command goes on
@@ -71,7 +74,8 @@ def command(main):
     """Wrap a script's `main(argv)`: an `InputError` becomes one line on stderr and exit code 2.
 
     What stops a job on its way is a line and exit code 1: a divergence, a full disk, a file that cannot be opened or
-    written, too little GPU memory. Ctrl-C is a line and exit code 130; SIGTERM and SIGUSR1 are a line and `REQUEUE`.
+    written, too little GPU memory, another process that is gone. Ctrl-C is a line and exit code 130; SIGTERM and
+    SIGUSR1 are a line and `REQUEUE`.
     Under a launcher every process leaves with the same code, and rank 0 alone speaks where all fail alike; an error
     that only another rank meets is printed with its rank.
     """
@@ -85,7 +89,7 @@ def command(main):
         except KeyboardInterrupt as interrupt:  # also one that came while an error, of a lost process, was handled
             for number in filter(_reaches_us, SIGNALS):
                 signal.signal(number, signal.SIG_IGN)  # torchrun sends a second one; one line is enough
-            traceback.clear_frames(interrupt.__traceback__)  # progress bars end their lines
+            _end_progress(interrupt)
             if int(os.environ.get("RANK", 0)) == 0:
                 _say(f"stopped: {interrupt}")
             sys.exit(getattr(interrupt, "exit_code", 130))
@@ -102,6 +106,7 @@ def _ended_in_one_line(main, argv):
     try:
         return main(argv)
     except InputError as error:
+        _end_progress(error)
         if not getattr(error, "printed", False):
             _say(f"error: {error}")
         sys.exit(2)
@@ -111,6 +116,7 @@ def _ended_in_one_line(main, argv):
         reason = _reason(error)
         if reason is None:  # a fault of ours, for which a traceback helps
             raise
+        _end_progress(error)
         _say(f"stopped: {reason}")
         sys.exit(1)
 
@@ -145,15 +151,34 @@ def on_signals(handler: Callable) -> Iterator[None]:
 
 
 def leave_signals_to_the_parent(*_) -> None:
-    """For a helper process, which its parent ends: Ctrl-C and many schedulers signal all processes of a job at once."""
-    for number in SIGNALS:
+    """For a helper process, which ends with its parent: Ctrl-C and many schedulers signal all processes of a job."""
+    for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    # Python ends the children that are left with SIGTERM, and waits for them: from the parent it counts.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with_the_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_the_parent(forked_from: int) -> None:
+    import multiprocessing
+
+    parent = multiprocessing.parent_process()  # not what this one was forked from where a fork server does that
+    while os.getppid() == forked_from and parent.is_alive():
+        signalled = signal.sigtimedwait({signal.SIGTERM}, 1)
+        if signalled is not None and signalled.si_pid == parent.pid:
+            break
+    os._exit(0)
 
 
 def _reaches_us(number: int) -> bool:
     """Not in a thread, and not a signal out of whose reach the job was put, as shells do with Ctrl-C: so it stays."""
     unheard = (signal.SIG_IGN, None)
     return threading.current_thread() is threading.main_thread() and signal.getsignal(number) not in unheard
+
+
+def _end_progress(error: BaseException) -> None:
+    """Let progress bars end their lines, and loaders their processes, which live in the frames of the traceback."""
+    traceback.clear_frames(error.__traceback__)
 
 
 def _say(message: str) -> None:
@@ -177,4 +202,8 @@ def _reason(error: Exception) -> str | None:
         return f"{error.filename or 'a file'}: {error.strerror}"
     if type(error).__name__ == "OutOfMemoryError":  # torch's; importing it here would slow down every script
         return f"the GPU's memory is too small; a smaller batch needs less ({error})"
+    if any(words in str(error) for words in _LOST_PROCESS):
+        return f"rank {os.environ.get('RANK', 0)} has lost another process, which says why if it could ({error})"
+    if str(error).startswith("DataLoader worker"):
+        return f"a loader process is gone, perhaps for want of memory; fewer --num-workers need less ({error})"
     return None

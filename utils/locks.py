@@ -33,13 +33,14 @@ class JobLock:
             raise InputError(refusal) from None
 
     def require_free(self, refusal: str) -> None:
-        """Refuse at once what `acquire` would refuse.
+        """Refuse at once what `acquire` would refuse; where nobody holds the lock, nothing is made.
 
         Raises:
             InputError: `refusal`, as another job holds the lock.
         """
-        self.acquire(refusal)
-        self.release()
+        if self.path.exists():
+            self.acquire(refusal)
+            self.release()
 
     def release(self) -> None:
         """Let other jobs have the place; without effect where the lock is not held."""

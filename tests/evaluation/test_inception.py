@@ -1,6 +1,5 @@
 """Inception-v3 against the graph of ADM's suite (golden values under seeded weights), and its weights file."""
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -8,12 +7,9 @@ from torch_fidelity import feature_extractor_inceptionv3
 
 from evaluation import inception
 from evaluation.features import exact_float32, probe, same_network
-from evaluation.inception import fold_batch_norms, load_inception, preprocess
-from tests.support.evaluation_data import SEED, inception_file
-from tests.support.golden_data import load
+from evaluation.inception import fold_batch_norms, load_inception
+from tests.support.evaluation_data import check_inception, golden_images, inception_file
 from utils.errors import InputError
-
-ARRAYS, _ = load("evaluation/network")
 
 
 @pytest.fixture(scope="module")
@@ -26,23 +22,9 @@ def network(weights):
     return load_inception(weights)
 
 
-def golden_images(side: int) -> torch.Tensor:
-    m, i, j, k = np.ogrid[:2, :side, :side, :3]
-    images = (i * (4 + m) + j * (5 + 2 * m) + 29 * k + 7 * ((i * j) // 12) + 37 * m + SEED) % 256
-    return torch.from_numpy(images.astype(np.uint8)).permute(0, 3, 1, 2)
-
-
 @pytest.mark.parametrize("side", [32, 64, 256, 320])
 def test_features_are_those_of_the_tensorflow_graph(network, side):
-    images, index = golden_images(side), ARRAYS["resized_index"]
-    resized = preprocess(images).permute(0, 2, 3, 1)[:, index][:, :, index]
-    with exact_float32(torch.device("cpu")):
-        pool, spatial = network(images)
-        probabilities = network.probabilities(pool)
-    np.testing.assert_allclose(resized, ARRAYS[f"resized_{side}"], atol=1e-5, rtol=0)
-    np.testing.assert_allclose(pool, ARRAYS[f"pool_{side}"], atol=1e-4, rtol=0)
-    np.testing.assert_allclose(spatial, ARRAYS[f"spatial_{side}"], atol=1e-4, rtol=0)
-    np.testing.assert_allclose(probabilities, ARRAYS[f"probs_{side}"], atol=1e-5, rtol=0)
+    check_inception(network, side)
 
 
 def test_a_feature_does_not_depend_on_its_place_in_the_batch(network):

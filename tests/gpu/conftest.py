@@ -1,8 +1,9 @@
 """The table and the file that `make test-gpu` ends with; and its devices."""
 
 import argparse
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 os.environ.setdefault(
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from benchmarks.common import RESULTS, report
+from tests.support.golden_data import Tally
 
 
 def pytest_collection_modifyitems(items):
@@ -20,7 +22,9 @@ def pytest_collection_modifyitems(items):
         if item.get_closest_marker("gpu"):
             item.user_properties.append(("on_gpu", True))  # keywords would not tell: the folder's name is one
             if not torch.cuda.is_available():
-                item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))
+                item.add_marker(
+                    pytest.mark.skip(reason="torch sees no CUDA device (`-m gpu`, word for word, shows it one)")
+                )
 
 
 @pytest.fixture
@@ -32,6 +36,29 @@ def bounded(record_property):
         assert found <= bound, f"{what}: {found:.3g}, at most {bound:.3g} is allowed"
 
     return check
+
+
+# Of the tolerances that the CPU's own tests hold it to: other kernels add in another order. Of a trajectory's movements
+# nine elements in ten must come within 5 % of the learning rate, there as here.
+SHARES = {"elements": 1}
+SHARE = 10
+
+
+@pytest.fixture
+def of_tolerances(record_property):
+    """`of_tolerances(check, *args)`: a golden check; the largest share of a tolerance of each kind is in the table."""
+
+    def run(check: Callable, *args) -> None:
+        tally = Tally(limit=math.inf)
+        try:
+            check(*args, tally=tally)
+        finally:
+            for kind, share in tally.shares.items():
+                record_property("check", (f"{kind}, in tolerances of the CPU", share, SHARES.get(kind, SHARE)))
+        over = {kind: share for kind, share in tally.shares.items() if share > SHARES.get(kind, SHARE)}
+        assert tally.shares and not over, f"in tolerances of the CPU: {over}"
+
+    return run
 
 
 @pytest.fixture

@@ -1,9 +1,14 @@
-"""Joint training with random weights and random images: networks of any size without a file."""
+"""Joint training with random weights and random images: networks of any size without a file.
 
-import gc
-import math
+    python -m tests.gpu.full_size '{"output_dir": "/tmp/runs", "steps": 50, "warm": 5, "seconds": 60, "vae": "f8d4"}'
+
+prints the row of the rates, and the share of steps whose losses are not finite, as JSON. A process of its own keeps a
+fault, and memory that others hold, from the next case.
+"""
+
+import json
+import sys
 import time
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,7 +23,7 @@ from loss.vae import VAELoss
 from models.discriminator import PatchDiscriminator
 from models.encoders import encoders_by_shape
 from models.vae import build_vae
-from tests.support.small import argv
+from tests.support import small
 from training.run import Run
 from utils.memory import forget_peak, peak_gib
 
@@ -54,38 +59,44 @@ def prepare(args, run: Run) -> tuple[train_repae.Networks, object]:
     return nets, optimizers
 
 
-def train(folder: Path, *, steps: int, warm: int, **options) -> tuple[dict, float]:
-    """A row of the rates, and the share of steps after the first with a loss that is not finite.
+def train(*, steps: int, warm: int, seconds: float, **options) -> tuple[dict, float]:
+    """A row of the rates, and the share of steps with a loss that is not finite.
 
     Args:
-        steps, warm: all of them, and how many of these come before the clock starts.
+        steps, seconds: it ends with whichever comes first; the clock starts after `warm` of the steps.
+        options: of train_repae.py.
     """
-    torch._dynamo.reset()
-    gc.collect()
     torch.manual_seed(0)
-    usual = dict(output_dir=folder, exp_name="run", num_classes=1000, report_to="none", num_workers=0)
-    args = repae_parser().parse_args(argv(**usual | options))
+    usual = dict(exp_name="run", num_classes=1000, report_to="none", num_workers=0)
+    args = repae_parser().parse_args(small.argv(**usual | options))
     run = Run(args)
-    if run.device.type == "cuda":
-        torch.cuda.empty_cache()
     forget_peak(run.device)
     nets, optimizers = prepare(args, run)
     loader, settings = run.batches(RandomImages(args.resolution)), train_repae.step_settings(args, micro_steps=1)
     losses, began = [], time.perf_counter()
-    for step in range(steps):
-        logs = train_repae.train_step(run, nets, optimizers, loader, step, **settings)
+    while len(losses) < steps and (len(losses) <= warm or time.perf_counter() - began < seconds):
+        logs = train_repae.train_step(run, nets, optimizers, loader, len(losses), **settings)
         losses.append(torch.stack([logs["vae_loss"], logs["d_loss"], logs["sit_loss"]]))
-        if step == 0:
+        if len(losses) == 1:
             synchronize(run.device)
             first = time.perf_counter() - began
-        if step + 1 == warm:
+        if len(losses) == warm:
             synchronize(run.device)
             began = time.perf_counter()
     synchronize(run.device)
-    rate = (steps - warm) * args.batch_size / (time.perf_counter() - began)
+    rate = (len(losses) - warm) * args.batch_size / (time.perf_counter() - began)
     row = dict(model=args.model, vae=args.vae, precision=args.mixed_precision, compiled=args.compile)
-    row |= dict(images=args.batch_size, steps=steps, images_per_second=rate)
-    row |= dict(peak_gib=peak_gib(run.device), first_step_s=first)
-    infinite = (~torch.stack(losses).isfinite()).any(dim=1).float().mean().item()
-    assert math.isfinite(rate)
-    return row, infinite
+    row |= dict(grad_checkpoint=",".join(args.grad_checkpoint), images=args.batch_size, steps=len(losses))
+    row |= dict(images_per_second=rate, peak_gib=peak_gib(run.device), first_step_s=first)
+    return row, (~torch.stack(losses).isfinite()).any(dim=1).float().mean().item()
+
+
+def train_apart(**case) -> tuple[dict, float]:
+    """`train` in a process of its own; its error is the test's."""
+    done = small.run_python("-m", "tests.gpu.full_size", json.dumps(case, default=str), timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    print(json.dumps(train(**json.loads(sys.argv[1]))))

@@ -39,10 +39,11 @@ def optimizers_of(optimizers) -> dict:
 # Comparing two runs of four steps, whose checkpoints are of steps 2 and 4
 
 
-def loss_distance(output: Path, name: str, other: str) -> float:
-    """The largest |a - b| / (|b| + 0.1) over the losses of all rows."""
+def loss_distance(output: Path, name: str, other: str, *, without: tuple[str, ...] = ()) -> float:
+    """The largest |a - b| / (|b| + 0.1) over the losses of all rows, but for those named in `without`."""
     pairs = zip(small.metrics(output, name), small.metrics(output, other), strict=True)
-    losses = [(row[key], base[key]) for row, base in pairs for key in base if key.endswith("loss")]
+    keys = [(row, base, key) for row, base in pairs for key in base if key.endswith("loss") and key not in without]
+    losses = [(row[key], base[key]) for row, base, key in keys]
     return max(abs(a - b) / (abs(b) + 0.1) for a, b in losses)
 
 
@@ -97,5 +98,6 @@ def live_bytes() -> int:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # settles what was freed while a stream still used it, such as a batch
         return torch.cuda.memory_allocated()
     return sum(one.nbytes for one in gc.get_objects() if type(one) in (torch.Tensor, torch.nn.Parameter))

@@ -43,8 +43,15 @@ def golden_sit() -> SiT:
     return sit.eval().requires_grad_(False)
 
 
-@EVERYWHERE
-@pytest.mark.parametrize("arch", ["f8d4", "f16d32"])
+@pytest.mark.parametrize(
+    ("arch", "device"),
+    [
+        pytest.param("f8d4", "cpu", marks=pytest.mark.slow),
+        ("f16d32", "cpu"),
+        pytest.param("f8d4", "cuda", marks=pytest.mark.gpu),
+        pytest.param("f16d32", "cuda", marks=pytest.mark.gpu),
+    ],
+)
 @torch.no_grad()
 def test_golden_vae(arch, device, bounded):
     arrays, _ = load(f"vae_{arch}")

@@ -1,18 +1,14 @@
 """The VAE's loss: parity with the public implementation, the sum of its terms, float32."""
 
-import dataclasses
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from loss.adversarial import DiscriminatorLoss
 from loss.config import VAELossConfig
 from loss.vae import VAELoss
-from tests.support.golden_data import close
-from tests.support.loss_data import ARRAYS, META, filled_discriminator, inputs
-from utils.modules import frozen
+from tests.support.loss_data import META, check_losses, filled_discriminator, inputs
 
 
 @pytest.fixture
@@ -21,48 +17,8 @@ def discriminator():
 
 
 @pytest.mark.parametrize("variant", META["variants"])
-def test_loss_and_gradients_are_those_of_the_public_code(variant, lpips, discriminator):
-    settings = META["variants"][variant]
-    config = dataclasses.replace(VAELossConfig(), **settings["config_overrides"])
-    vae_loss, discriminator_loss = VAELoss(config, lpips), DiscriminatorLoss(config)
-    pixels, reconstruction, moments = inputs()
-    discriminator.train()
-    for number in range(settings["rounds"]):
-        prefix = f"full.{variant}." + (f"{number}." if settings["rounds"] > 1 else "")
-        check_round(prefix, vae_loss, discriminator_loss, discriminator, pixels, reconstruction, moments, settings)
-        pixels = 0.9 * pixels
-    if config.lecam_regularization_weight:
-        close(discriminator_loss.real_logits_mean, ARRAYS[f"{prefix}ema_real_logits_mean"], 3e-5)
-        close(discriminator_loss.fake_logits_mean, ARRAYS[f"{prefix}ema_fake_logits_mean"], 3e-5)
-
-
-def check_round(prefix, vae_loss, discriminator_loss, discriminator, pixels, reconstruction, moments, settings):
-    x, m = reconstruction.clone().requires_grad_(), moments.clone().requires_grad_()
-    with frozen(discriminator):
-        total, terms = vae_loss(pixels, x, m, discriminator, settings["global_step"])
-    total.backward()
-    for name, value in {**terms, "total": total}.items():
-        close(value, ARRAYS[f"{prefix}gen.{name}"].reshape(()), 3e-5, 1e-7, what=name)
-    close(x.grad, ARRAYS[f"{prefix}gen.grad_recon"], 5e-5)
-    close(m.grad, ARRAYS[f"{prefix}gen.grad_moments"], 5e-5)
-    assert all(parameter.grad is None for parameter in discriminator.parameters())
-
-    logits = discriminator(pixels), discriminator(reconstruction)
-    total, terms = discriminator_loss(*logits, settings["global_step"])
-    total.backward()
-    for name, value in {**terms, "total": total}.items():
-        public = "discriminator_loss" if name == "d_loss" else name
-        close(value, ARRAYS[f"{prefix}disc.{public}"].reshape(()), 3e-5, 1e-7, what=name)
-    expected_norms = META["disc_grad_l2"].get(prefix.rstrip("."), {})
-    for name, parameter in discriminator.named_parameters():
-        if (key := f"{prefix}disc.grad.{name}") in ARRAYS:
-            close(parameter.grad, ARRAYS[key], 5e-5, what=name)
-        if name in expected_norms:
-            assert parameter.grad.norm().item() == pytest.approx(expected_norms[name], rel=5e-4, abs=1e-9), name
-    for name, buffer in discriminator.named_buffers():
-        if (key := f"{prefix}bn_after.{name}") in ARRAYS:
-            close(buffer, ARRAYS[key], 3e-5, what=name)
-    discriminator.zero_grad()
+def test_loss_and_gradients_are_those_of_the_public_code(variant, lpips):
+    check_losses(variant, lpips)
 
 
 def test_without_weights_no_network_is_used():

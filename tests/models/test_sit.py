@@ -7,93 +7,27 @@ import zlib
 import pytest
 import torch
 
-from loss.alignment import alignment_loss
-from loss.velocity import velocity_loss
-from models.interpolant import interpolate, time_from_draw
+from models.interpolant import time_from_draw
 from models.sit import LatentNorm, SiT, SiT_models, sincos_positions
 from models.sit_files import config_of_state_dict
-from tests.support.golden_data import GOLDEN, close, fill, filled, load
+from tests.support.golden_data import GOLDEN, Tally, close, fill, load
+from tests.support.golden_sit import ABS, REL, build, check_buffers, check_frozen, check_pass, check_training, full_pass
 
-REL, ABS = 1e-5, 1e-7
 # Of a model in the manifests: what its name does not say.
 STORED = ("input_size", "in_channels", "num_classes", "class_dropout_prob", "z_dims", "encoder_depth", "qk_norm")
-
-
-def build(name):
-    arrays, meta = load(name)
-    sit = SiT(**meta["config"])
-    missing = sit.load_state_dict(filled(meta["manifest"]), strict=False)
-    assert missing.missing_keys == ["pos_embed"] and not missing.unexpected_keys
-    targets = [torch.from_numpy(arrays[f"in.zs.{i}"]) for i in range(len(meta["config"]["z_dims"]))]
-    inputs = [torch.from_numpy(arrays[f"in.{key}"]) for key in ("z", "y", "noises")]
-    return sit, arrays, meta, targets, *inputs, torch.from_numpy(arrays["in.time_input"]).flatten()
-
-
-def full_pass(sit, z, y, noise, t, targets, path, drop=None):
-    x_t, target = interpolate(sit.normalize(z), noise, t, path)
-    velocity, projections = sit(x_t, t, y, drop)
-    return velocity, projections, velocity_loss(velocity, target), alignment_loss(projections, targets)
-
-
-def check_pass(arrays, prefix, velocity, projections, denoising, alignment):
-    if f"{prefix}.model_output" in arrays:
-        close(velocity, arrays[f"{prefix}.model_output"], REL, ABS, prefix)
-    close(denoising, arrays[f"{prefix}.denoising_loss"], REL, ABS, prefix)
-    close(alignment, arrays[f"{prefix}.proj_loss"], REL, ABS, prefix)
-    for i, projection in enumerate(projections):
-        if f"{prefix}.zs_tilde.{i}" in arrays:
-            close(projection, arrays[f"{prefix}.zs_tilde.{i}"], REL, ABS, prefix)
-
-
-def check_buffers(arrays, prefix, sit):
-    stored = [key for key in arrays if key.startswith(prefix) and ".running_" in key]
-    assert len(stored) == 2
-    for key in stored:
-        close(getattr(sit.bn, key.rsplit(".", 1)[1]), arrays[key], REL, ABS, key)
 
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("path", ["linear", "cosine"])
 @pytest.mark.parametrize("name", ["sit_a", "sit_b"])
 def test_training_pass_and_gradients_are_those_of_the_public_code(name, path, fused):
-    sit, arrays, meta, targets, z, y, noise, t = build(name)
-    for block in sit.blocks:
-        block.attn.fused_attn = fused
-    results = full_pass(sit.train(), z, y, noise, t, targets, path)
-    prefix = f"train.{path}"
-    check_pass(arrays, prefix, *results)
-    check_buffers(arrays, prefix, sit)
-    total = results[2].mean() + 0.5 * results[3]
-    close(total, arrays[f"{prefix}.total"], REL, ABS)
-    total.backward()
-    gradients = {key: p.grad for key, p in sit.named_parameters() if p.grad is not None}
-    compared = 0
-    for key in (k for k in arrays if k.startswith(f"{prefix}.grad.")):
-        name_, rows = key.removeprefix(f"{prefix}.grad.").removesuffix(".rows"), key.endswith(".rows")
-        gradient = gradients[name_][y] if rows else gradients[name_]
-        close(gradient, arrays[key], REL, ABS, key)
-        compared += 1
-    assert compared > 10
-    for key, norm in meta["grad_l2"][path].items():
-        if "qkv.bias" not in key and "k_norm.bias" not in key:  # gradients of key biases are rounding noise
-            assert abs(gradients[key].double().norm().item() - norm) <= 1e-4 * norm + 1e-8, key
+    check_training(name, path, fused=fused)
 
 
 @pytest.mark.parametrize("path", ["linear", "cosine"])
 @pytest.mark.parametrize("name", ["sit_a", "sit_b"])
 def test_evaluation_and_alignment_passes_are_those_of_the_public_code(name, path):
-    sit, arrays, _, targets, z, y, noise, t = build(name)
-    sit.eval().requires_grad_(False)
-    check_pass(arrays, f"eval.{path}", *full_pass(sit, z, y, noise, t, targets, path))
-
-    z.requires_grad_(True)
-    x_t, _ = interpolate(sit.normalize(z), noise, t, path)
-    projections = sit.project(x_t, t, y)
-    loss = alignment_loss(projections, targets)
-    loss.backward()
-    close(loss, arrays[f"align.{path}.proj_loss"], REL, ABS)
-    close(z.grad, arrays[f"align.{path}.grad_z"], REL, ABS)
-    assert all(torch.equal(a, b) for a, b in zip(projections, sit(x_t, t, y)[1], strict=True))
+    check_frozen(name, path)
 
 
 @pytest.mark.parametrize("path", ["linear", "cosine"])
@@ -105,7 +39,7 @@ def test_sampled_time_and_dropped_labels_are_those_of_the_public_code(name, weig
     t = time_from_draw(torch.from_numpy(arrays[f"{prefix}.raw_time_draw"]).flatten(), weighting, path)
     close(t, arrays[f"{prefix}.time_input"].flatten(), 1e-7)
     drop = torch.from_numpy(arrays[f"{prefix}.label_drop_uniform"]) < 0.1
-    check_pass(arrays, prefix, *full_pass(sit.train(), z, y, noise, t, targets, path, drop))
+    check_pass(Tally(), arrays, prefix, *full_pass(sit.train(), z, y, noise, t, targets, path, drop))
 
 
 @pytest.mark.parametrize("name", ["sit_a", "sit_b"])
@@ -116,7 +50,7 @@ def test_inference_and_latent_statistics_are_those_of_the_public_code(name):
     close(sit(x, steps.flatten(), labels)[0], arrays["inference.out"], REL, ABS)
 
     sit.set_latent_stats(*(torch.from_numpy(arrays[f"init_bn.{key}"]) for key in ("latents_scale", "latents_bias")))
-    check_buffers(arrays, "init_bn.", sit)
+    check_buffers(Tally(), arrays, "init_bn.", sit)
     scale, bias = sit.latent_stats()
     close(scale, arrays["init_bn.out_scale"], REL, ABS)
     close(bias, arrays["init_bn.out_bias"], REL, ABS)

@@ -14,6 +14,7 @@ import train_repae
 import train_vae
 from tests.support import small
 from tests.support.evaluation_data import encoder_folder, few_sampling_steps, random_images, samples_file, small_vae
+from tests.support.processes import assert_draws_and_data_of_one, assert_equal_on_both, run_on_two
 from tests.support.workers.distributed import evaluate_images, latents, normalise
 from tests.support.workers.recorder import recording
 from utils.images import save_png
@@ -97,11 +98,8 @@ def two(place, inputs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     output = folder / "exps"
     jobs = training_jobs(place, inputs, output) | other_jobs(place, inputs, output, batch_sizes=(8, 5))
-    (folder / "jobs.json").write_text(json.dumps(jobs | refused_jobs(place, inputs, output)))
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    done = small.run_python(*launch, "tests/support/workers/distributed.py", folder)
-    assert done.returncode == 0, done.stderr
-    return output, *(torch.load(folder / f"{rank}.pt") for rank in (0, 1))
+    refused = refused_jobs(place, inputs, output)
+    return output, *run_on_two(folder, jobs | refused)
 
 
 @pytest.fixture(scope="module")
@@ -119,27 +117,15 @@ def one(place, inputs, tmp_path_factory):
 
 @pytest.mark.parametrize("job", SCRIPTS)
 def test_draws_and_data_are_those_of_one_process(job, one, two):
-    for kind in ("draws", "batches"):
-        whole, shares = one[1][job][kind], [process[job][kind] for process in two[1:]]
-        assert whole and len(shares[0]) == len(shares[1]) == len(whole)
-        for expected, *parts in zip(whole, *shares, strict=True):
-            if kind == "draws":
-                assert expected[0] == parts[0][0] == parts[1][0]
-                expected, parts = expected[1:], [part[1:] for part in parts]
-            for tensor, *pieces in zip(expected, *parts, strict=True):
-                assert torch.equal(tensor, torch.cat(pieces)) and not torch.equal(*pieces)
+    assert_draws_and_data_of_one(one[1][job], [process[job] for process in two[1:]])
 
 
 @pytest.mark.parametrize("job", SCRIPTS)
 def test_gradients_are_equal_on_all_ranks(job, one, two):
     """Of every parameter of every network, bit for bit, before clipping; and so are the weights that follow."""
-    whole = one[1][job]
-    for process in two[1:]:
-        assert [step.keys() for step in process[job]["gradients"]] == [step.keys() for step in whole["gradients"]]
-        assert all(difference == 0 for step in process[job]["gradients"] for _, difference in step.values())
-    assert two[1][job]["weights"] == two[2][job]["weights"] != []
+    assert_equal_on_both(one[1][job], [process[job] for process in two[1:]])
 
-    names = small.checkpoint(one[0], job, 3)["param_names"]
+    whole, names = one[1][job], small.checkpoint(one[0], job, 3)["param_names"]
     order = {
         "train_repae": ["opt_vae", "opt_disc", "opt"],
         "train_ldm_only": ["opt"],

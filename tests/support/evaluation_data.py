@@ -16,10 +16,11 @@ from torch import nn
 
 from dataset.image_sources import ImageArray
 from evaluation.evaluator import FeatureSet, extract
-from evaluation.inception import Inception
+from evaluation.features import exact_float32
+from evaluation.inception import Inception, preprocess
 from models.vae import build_vae, vae_models
 from sampling.generation import SamplerConfig
-from tests.support.golden_data import GOLDEN
+from tests.support.golden_data import GOLDEN, Tally, load
 
 SEED = json.loads((GOLDEN / "evaluation/expected.json").read_text())["seed"]
 
@@ -45,6 +46,27 @@ def _weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
         scale = {"fc.weight": 0.02, "fc.bias": 1.0}.get(name, 0.1)  # else the norms' biases and running means
         value = scale * random.standard_normal(shape)
     return torch.from_numpy(value.astype(np.float32))
+
+
+def golden_images(side: int) -> torch.Tensor:
+    """The two images of the golden features, uint8 (2, 3, side, side)."""
+    m, i, j, k = np.ogrid[:2, :side, :side, :3]
+    images = (i * (4 + m) + j * (5 + 2 * m) + 29 * k + 7 * ((i * j) // 12) + 37 * m + SEED) % 256
+    return as_images(images.astype(np.uint8))
+
+
+def check_inception(network: Inception, side: int, device: str = "cpu", tally: Tally | None = None) -> None:
+    """Features and probabilities are those of the TensorFlow graph; the network has weights of `inception_file`."""
+    tally, (arrays, _) = tally or Tally(), load("evaluation/network")
+    images, index = golden_images(side).to(device), arrays["resized_index"]
+    with exact_float32(torch.device(device)):
+        resized = preprocess(images).permute(0, 2, 3, 1).cpu()[:, index][:, :, index]
+        pool, spatial = network.to(device)(images)
+        probabilities = network.probabilities(pool)
+    tally.close("resized pixels", resized, arrays[f"resized_{side}"], 0, 1e-5)
+    tally.close("features", pool, arrays[f"pool_{side}"], 0, 1e-4)
+    tally.close("features", spatial, arrays[f"spatial_{side}"], 0, 1e-4)
+    tally.close("probabilities", probabilities, arrays[f"probs_{side}"], 0, 1e-5)
 
 
 def random_images(count: int, side: int, seed: int) -> np.ndarray:

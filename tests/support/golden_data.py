@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -30,18 +31,36 @@ def filled(manifest: dict[str, list[int]]) -> dict[str, torch.Tensor]:
     return {key: fill(key, shape) for key, shape in manifest.items() if key != "pos_embed"}
 
 
+class Tally:
+    """Differences as shares of their tolerances; the largest of every kind is kept in `shares`.
+
+    Args:
+        limit: a larger share fails at once.
+    """
+
+    def __init__(self, limit: float = 1):
+        self.limit, self.shares = limit, {}
+
+    def within(self, kind: str, difference: float, tolerance: float, where="") -> None:
+        share = float(difference / tolerance) if tolerance else (math.inf if difference else 0.0)
+        self.shares[kind] = max(self.shares.get(kind, 0.0), share)
+        assert share <= self.limit, f"{kind} {where}: off by {difference:.3g}, {tolerance:.3g} is allowed"
+
+    def close(self, kind: str, actual, expected, rel: float, abs: float = 0.0, where="") -> None:
+        """|actual - expected| <= rel * max|expected| + abs; of a stored subsample, at the same elements."""
+        actual = actual.detach().cpu().numpy() if isinstance(actual, torch.Tensor) else np.asarray(actual)
+        expected = np.asarray(expected)
+        if actual.shape != expected.shape:
+            assert expected.ndim == 1 and actual.size >= expected.size, f"{where}: {actual.shape}, {expected.shape}"
+            actual = subsample(actual, expected.size)
+        difference = np.max(np.abs(actual.astype(np.float64) - expected.astype(np.float64)), initial=0.0)
+        scale = np.max(np.abs(expected.astype(np.float64)), initial=0.0)
+        self.within(kind, difference, rel * scale + abs, where)
+
+
 def close(actual, expected, rel: float, abs: float = 0.0, what: str = "") -> None:
-    """Assert |actual - expected| <= rel * max|expected| + abs; of a stored subsample, at the same elements."""
-    actual = actual.detach().cpu().numpy() if isinstance(actual, torch.Tensor) else np.asarray(actual)
-    expected = np.asarray(expected)
-    if actual.shape != expected.shape:
-        assert expected.ndim == 1 and actual.size >= expected.size, f"{what}: {actual.shape} against {expected.shape}"
-        actual = subsample(actual, expected.size)
-    difference = np.max(np.abs(actual.astype(np.float64) - expected.astype(np.float64)), initial=0.0)
-    scale = np.max(np.abs(expected.astype(np.float64)), initial=0.0)
-    assert difference <= rel * scale + abs, (
-        f"{what}: off by {difference:.3g}, scale {scale:.3g}, allowed {rel} relative"
-    )
+    """`Tally.close` on its own."""
+    Tally().close("value", actual, expected, rel, abs, what)
 
 
 VGG16_CONVOLUTIONS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)

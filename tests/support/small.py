@@ -87,9 +87,19 @@ def write_loss_config(path: Path, **values: float) -> Path:
     return path
 
 
-def write_place(folder: Path, **data) -> SimpleNamespace:
-    """All inputs of the training scripts below one folder; cached latents are added by `tests/conftest.py`."""
-    place = SimpleNamespace(folder=folder, data=write_data(folder / "data", **data), latents="latents")
+SIT = dict(model="SiT-T/2", encoder_depth=2, num_classes=CLASSES)
+ON_A_CARD = dict(resolution=128, sit=SIT | dict(model="SiT-S/2", encoder_depth=4))  # what a GPU's kernels are made for
+
+
+def write_place(folder: Path, *, resolution: int = RESOLUTION, sit: dict = SIT, **data) -> SimpleNamespace:
+    """All inputs of the training scripts below one folder; cached latents are added by `tests/conftest.py`.
+
+    Args:
+        sit: options of the SiT that trains on it.
+        data: of `write_data`.
+    """
+    place = SimpleNamespace(folder=folder, latents="latents", resolution=resolution, sit=sit)
+    place.data = write_data(folder / "data", resolution=resolution, **data)
     place.vae, place.discriminator = write_vae(folder), folder / "vae" / "vae-discriminator-ckpt.pt"
     place.encoder, place.loss = write_encoder(folder / "encoder"), write_loss_config(folder / "loss.yaml")
     return place
@@ -108,25 +118,24 @@ def argv(**options) -> list[str]:
 
 
 TINY_VAE = "f4d4-tiny"
-SIT = dict(model="SiT-T/2", encoder_depth=2, num_classes=CLASSES)
 FOUR_STEPS = dict(max_train_steps=4, checkpointing_steps=2, log_steps=1, num_preview=0)
 
 
 def training(place: SimpleNamespace, **options) -> dict:
-    data = dict(data_dir=place.data, resolution=RESOLUTION, batch_size=8, num_workers=0)
+    data = dict(data_dir=place.data, resolution=place.resolution, batch_size=8, num_workers=0)
     return data | FOUR_STEPS | dict(mixed_precision="no", report_to="none") | options
 
 
 def repae_options(place: SimpleNamespace, output: Path, name: str, **options) -> list[str]:
     """The command line of a small run of train_repae.py; options replace the usual ones."""
-    usual = training(place, vae=TINY_VAE, vae_ckpt=place.vae, enc_type=place.encoder, **SIT)
+    usual = training(place, vae=TINY_VAE, vae_ckpt=place.vae, enc_type=place.encoder, **place.sit)
     usual |= dict(disc_pretrained_ckpt=place.discriminator, loss_cfg_path=place.loss)
     return argv(**usual | dict(output_dir=output, exp_name=name) | options)
 
 
 def ldm_options(place: SimpleNamespace, output: Path, name: str, **options) -> list[str]:
     """The command line of a small run of train_ldm_only.py."""
-    usual = training(place, vae=TINY_VAE, vae_ckpt=place.vae, enc_type=place.encoder, **SIT)
+    usual = training(place, vae=TINY_VAE, vae_ckpt=place.vae, enc_type=place.encoder, **place.sit)
     usual |= dict(vae_latents_name=place.latents)
     return argv(**usual | dict(output_dir=output, exp_name=name) | options)
 

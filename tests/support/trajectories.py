@@ -1,7 +1,7 @@
 """Three steps of each golden training trajectory, on any device, through the very `train_step` of the scripts.
 
-`slack` multiplies the CPU's tolerances: other kernels add in another order, and AdamW makes whole steps of what that
-leaves in gradients near zero.
+The tolerances are the CPU's. Other kernels add in another order, and AdamW makes whole steps of what that leaves in
+gradients near zero: a `tally` of a limit above 1 allows for it.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from models.sit import SiT
 from models.vae import build_vae
 from models.vae_keys import from_ldm, ldm_parameters, to_ldm
 from tests.golden.fill import subsample
-from tests.support.golden_data import close, filled, load
+from tests.support.golden_data import Tally, filled, load
 from training.ema import update_ema
 from training.optimizer import Optimizer
 
@@ -97,28 +97,28 @@ def snapshot(state):
     return {key: value.detach().cpu().clone() for key, value in state.items()}
 
 
-def check_logs(meta, step, logs, tolerances, slack):
+def check_logs(meta, step, logs, tolerances, tally):
     expected = meta["logs"][step]
     assert expected.keys() == logs.keys()
     for name, value in expected.items():
         rel, absolute = tolerances(step, name)
         found = float(logs[name])
-        assert abs(found - value) <= slack * (rel * abs(value) + absolute), (step, name, found, value)
+        tally.within("logs", abs(found - value), rel * abs(value) + absolute, (step, name))
 
 
-def check_deltas(meta, arrays, net, before, after, *, rel, rate=None):
+def check_deltas(meta, arrays, net, before, after, tally, *, rel, rate=None):
     before, after = before[net], after[net]
     key_biases = set(meta["k_bias_keys"].get(net, ()))
     for name, norm in meta["delta_l2"][net].items():
         if name not in key_biases and after[name].is_floating_point():
             moved = (after[name] - before[name]).double().norm().item()
-            assert abs(moved - norm) <= rel * norm + 1e-12, (net, name, moved, norm)
+            tally.within("movements", abs(moved - norm), rel * norm + 1e-12, (net, name))
     if rate is not None:
         layout, samples = meta["delta_samples_layout"][net], arrays[f"delta_samples.{net}"]
-        check_samples(layout, samples, key_biases, before, after, rate)
+        check_samples(layout, samples, key_biases, before, after, rate, tally)
 
 
-def check_samples(layout, expected, key_biases, before, after, rate):
+def check_samples(layout, expected, key_biases, before, after, rate, tally):
     """90 % of the subsampled elements within 5 % of the learning rate."""
     start, within = 0, []
     for name, count in zip(layout["names"], layout["counts"], strict=True):
@@ -127,7 +127,7 @@ def check_samples(layout, expected, key_biases, before, after, rate):
             within.extend(np.abs(moved - expected[start : start + count]) <= 0.05 * rate)
         start += count
     assert start == len(expected)
-    assert np.mean(within) >= 0.9
+    tally.within("elements", 1 - np.mean(within), 0.1)
 
 
 REPAE_LOG_TOLERANCES = {
@@ -141,8 +141,9 @@ REPAE_LOG_TOLERANCES = {
 }
 
 
-def check_repae(name, lpips, device, *, slack=1):
+def check_repae(name, lpips, device, tally=None):
     """Losses, gradients, movements and statistics of three joint steps."""
+    tally = tally or Tally()
     arrays, meta = load(name)
     lowlr = name.endswith("lowlr")
     config = VAELossConfig()
@@ -176,31 +177,33 @@ def check_repae(name, lpips, device, *, slack=1):
         batch = iter([[torch.from_numpy(arrays[key][step]).to(device) for key in ("in.image_u8", "in.labels")]])
         logs = train_repae.train_step(fake_run(arrays, device), nets, optimizers, batch, step, **settings)
         update_ema(ema_fast, sit, 0.5)
-        check_logs(meta, step, logs, REPAE_LOG_TOLERANCES[name], slack)
+        check_logs(meta, step, logs, REPAE_LOG_TOLERANCES[name], tally)
         for key, buffer in (("bn_mean", sit.bn.running_mean), ("bn_var", sit.bn.running_var)):
-            close(buffer, arrays[f"step{step}.{key}"], slack * (2e-3 if lowlr else 2e-2), what=key)
+            tally.close("latent statistics", buffer, arrays[f"step{step}.{key}"], 2e-3 if lowlr else 2e-2, where=key)
         for net, expected in meta["grad_l2_before_clip"][step].items():
             key_biases = set(meta["k_bias_keys"].get(net, ()))
             for parameter, norm in expected.items():
-                apart = abs(norms[net].norms[step][parameter] - norm)
-                assert parameter in key_biases or apart <= slack * [1e-3, 1e-2, 5e-2][step] * norm, (step, parameter)
+                if parameter not in key_biases:
+                    apart = abs(norms[net].norms[step][parameter] - norm)
+                    tally.within("gradient norms", apart, [1e-3, 1e-2, 5e-2][step] * norm, (step, parameter))
 
     after = {net: snapshot(state()) for net, state in states.items()}
-    rel, hyper = slack * (1e-2 if lowlr else 3e-2), meta["hyperparameters"]
+    rel, hyper = 1e-2 if lowlr else 3e-2, meta["hyperparameters"]
     vae_rate = hyper.get("vae_learning_rate", hyper["learning_rate"])
-    check_deltas(meta, arrays, "sit", before, after, rel=rel, rate=hyper["learning_rate"])
-    check_deltas(meta, arrays, "vae", before, after, rel=rel, rate=vae_rate)
-    check_deltas(meta, arrays, "discriminator", before, after, rel=rel)
-    check_deltas(meta, arrays, "ema_fast", before, after, rel=rel)
-    check_deltas(meta, arrays, "ema", before, after, rel=slack * 5e-2)
+    check_deltas(meta, arrays, "sit", before, after, tally, rel=rel, rate=hyper["learning_rate"])
+    check_deltas(meta, arrays, "vae", before, after, tally, rel=rel, rate=vae_rate)
+    check_deltas(meta, arrays, "discriminator", before, after, tally, rel=rel)
+    check_deltas(meta, arrays, "ema_fast", before, after, tally, rel=rel)
+    check_deltas(meta, arrays, "ema", before, after, tally, rel=5e-2)
     assert sit.bn.num_batches_tracked.item() == arrays["final.sit.bn.num_batches_tracked"]
     scale, bias = ema.latent_stats()
-    close(scale, arrays["extracted.latents_scale"], slack * 1e-4)
-    close(bias, arrays["extracted.latents_bias"], slack * 1e-4)
+    tally.close("extracted statistics", scale, arrays["extracted.latents_scale"], 1e-4)
+    tally.close("extracted statistics", bias, arrays["extracted.latents_bias"], 1e-4)
 
 
-def check_ldm_only(name, device, *, slack=1):
+def check_ldm_only(name, device, tally=None):
     """Losses, gradients and movements of three steps of SiT alone."""
+    tally = tally or Tally()
     arrays, meta = load(name)
     sit, ema, ema_fast = build_sit(arrays, meta, device, learn_pos_embed=False)
     now, latent_shape = SimpleNamespace(step=0), arrays["in.noises"].shape[2:]
@@ -219,14 +222,15 @@ def check_ldm_only(name, device, *, slack=1):
         batch = iter([(mean_std, torch.zeros(len(labels), 3, 8, 8, dtype=torch.uint8), labels)])
         logs = train_ldm_only.train_step(fake_run(arrays, device), nets, optimizer, batch, step, **settings)
         update_ema(ema_fast, sit, 0.5)
-        check_logs(meta, step, logs, lambda step, name: (1e-5, 1e-6), slack)
+        check_logs(meta, step, logs, lambda step, name: (1e-5, 1e-6), tally)
         key_biases = set(meta["k_bias_keys"]["sit"])
         for parameter, norm in meta["grad_l2_before_clip"][step]["sit"].items():
-            found = norms.norms[step].get(parameter, 0.0)
-            assert parameter in key_biases or abs(found - norm) <= slack * 1e-4 * norm, (step, parameter)
+            if parameter not in key_biases:
+                apart = abs(norms.norms[step].get(parameter, 0.0) - norm)
+                tally.within("gradient norms", apart, 1e-4 * norm, (step, parameter))
 
     after = {net: snapshot(state()) for net, state in states.items()}
-    check_deltas(meta, arrays, "sit", before, after, rel=slack * 1e-4, rate=1e-4)
-    check_deltas(meta, arrays, "ema_fast", before, after, rel=slack * 1e-4)
+    check_deltas(meta, arrays, "sit", before, after, tally, rel=1e-4, rate=1e-4)
+    check_deltas(meta, arrays, "ema_fast", before, after, tally, rel=1e-4)
     assert torch.equal(after["sit"]["bn.running_var"], before["sit"]["bn.running_var"])
     assert torch.equal(after["sit"]["pos_embed"], before["sit"]["pos_embed"])

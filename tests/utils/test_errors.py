@@ -14,6 +14,11 @@ from utils.errors import command
         (OSError(errno.ENOSPC, "No space left on device", "x.npy"), "stopped: x.npy: No space left on device"),
         (PermissionError(errno.EACCES, "Permission denied", "x"), "stopped: x: Permission denied"),
         (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "smaller batch needs less (CUDA out of memory. Tried)"),
+        (
+            RuntimeError("NCCL error ncclRemoteError: a remote\nprocess exited"),
+            "rank 0 has lost another process, which",
+        ),
+        (RuntimeError("DataLoader worker (pid 5) is killed by signal"), "a loader process is gone, perhaps for want"),
     ],
 )
 def test_what_stops_a_job_on_its_way_is_one_line(error, said, capsys):

@@ -29,14 +29,14 @@ def recording() -> Iterator[dict[str, list]]:
     def note(method):
         def draw(self, purpose, *shape):
             values = method(self, purpose, *shape)
-            record["draws"].append((purpose, values))
+            record["draws"].append((purpose, values.cpu()))
             return values
 
         return draw
 
     def noted_batches(self, data):
         for batch in batches(self, data):
-            record["batches"].append(batch)
+            record["batches"].append(tuple(part.cpu() for part in batch))
             yield batch
 
     def noted_step(self):
@@ -71,5 +71,5 @@ def compare(gradient: torch.Tensor) -> tuple[float, float]:
 def checksum(state: dict[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for tensor in state.values():
-        digest.update(tensor.detach().contiguous().numpy())
+        digest.update(tensor.detach().cpu().contiguous().numpy())
     return digest.hexdigest()
