@@ -67,9 +67,7 @@ def check_output(output: Path, root: Path, overwrite: bool) -> None:
         raise InputError(f"--output-path: {output} is a file; a folder is needed")
     if output.resolve() == root.resolve():
         raise InputError(f"--output-path: {output} is the folder of the images; another one is needed")
-    lock = JobLock(output / _LOCK)
-    if lock.path.exists():
-        lock.require_free(_at_work(output))
+    JobLock(output / _LOCK).require_free(_at_work(output))
     _require_no_data(output, overwrite)
 
 
