@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset.conversion import Target, convert, files_state
+from dataset.conversion import Target, _work, convert, files_state
 from dataset.preprocess import _read_image
 from utils.errors import InputError
 
@@ -55,6 +55,15 @@ def test_a_killed_process_is_named_and_the_others_end(tree):
     with pytest.raises(InputError, match="one of 2 processes was killed, perhaps for want of memory"):
         list(chunks)
     assert not multiprocessing.active_children()
+
+
+def test_nothing_is_read_for_a_parent_that_is_gone(tree):
+    ours, theirs = multiprocessing.Pipe()
+    ours.send(names(tree))
+    ours.close()
+    read = []
+    _work(theirs, tree, read.append, None)
+    assert read == []
 
 
 def test_another_size_or_time_is_another_state(tree):
