@@ -11,7 +11,7 @@ from PIL import Image
 
 from dataset.conversion import Target, _work, convert, files_state
 from dataset.preprocess import _read_image
-from utils.errors import InputError
+from utils.errors import SIGNALS, InputError
 
 READ = partial(_read_image, resolution=4, exif_orientation=False)
 BROKEN = (0, 5, 6)
@@ -55,6 +55,16 @@ def test_a_killed_process_is_named_and_the_others_end(tree):
     with pytest.raises(InputError, match="one of 2 processes was killed, perhaps for want of memory"):
         list(chunks)
     assert not multiprocessing.active_children()
+
+
+def test_signals_are_the_parents(tree):
+    (tree / "array").touch()
+    chunks = convert(tree, names(tree), READ, Target(tree / "array", 6, 48), 0, 2)
+    next(chunks)
+    for process in multiprocessing.active_children():
+        for number in SIGNALS:
+            os.kill(process.pid, number)
+    assert sum(chunk.count for chunk in chunks) == 12
 
 
 def test_nothing_is_read_for_a_parent_that_is_gone(tree):
