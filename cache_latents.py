@@ -13,6 +13,7 @@ from utils.inputs import require_inputs
 if __name__ == "__main__":  # --help, a mistyped flag and missing files are answered before the heavy imports
     cache_parser().answer_before_imports(check=require_inputs)
 
+import contextlib
 import logging
 import time
 from pathlib import Path
@@ -65,22 +66,23 @@ def main(argv: list[str] | None = None) -> None:
 
     # Encode what is missing, each process its blocks.
     started = time.perf_counter()
-    cache.open()
-    blocks = cache.missing_blocks(args.pproc_batch_size)
-    processes.wait_for_everyone()  # nobody may write before all know what is missing
-    mine = blocks[processes.process_index :: processes.num_processes]
     going_on = "interrupted; the latents that are finished stay, and the same command goes on from them"
-    with about("--vae-ckpt-path"), when_interrupted(lambda: going_on):
-        encode_blocks(vae.to(processes.device), data, mine, cache, args, show=processes.is_main_process)
-        processes.wait_for_everyone()
+    with contextlib.closing(cache), when_interrupted(lambda: going_on):
+        cache.open()
+        blocks = cache.missing_blocks(args.pproc_batch_size)
+        processes.wait_for_everyone()  # nobody may write before all know what is missing
+        mine = blocks[processes.process_index :: processes.num_processes]
+        with about("--vae-ckpt-path"):
+            encode_blocks(vae.to(processes.device), data, mine, cache, args, show=processes.is_main_process)
+            processes.wait_for_everyone()
 
-        # The latent statistics: those stored with the VAE, else measured on the whole cache, by all together.
-        scale, bias = stored or cache.statistics()
-    if processes.is_main_process:
-        cache.finish(latents_scale=scale.flatten().tolist(), latents_bias=bias.flatten().tolist())
-        written = f"{args.dtype} {tuple(cache.description['shape'])} in {time.perf_counter() - started:.0f} s"
-        print(f"{cache.array_path}: {written}; latent statistics {'of the VAE' if stored else 'measured'}")
-    processes.wait_for_everyone()
+            # The latent statistics: those stored with the VAE, else measured on the whole cache, by all together.
+            scale, bias = stored or cache.statistics()
+        if processes.is_main_process:
+            cache.finish(latents_scale=scale.flatten().tolist(), latents_bias=bias.flatten().tolist())
+            written = f"{args.dtype} {tuple(cache.description['shape'])} in {time.perf_counter() - started:.0f} s"
+            print(f"{cache.array_path}: {written}; latent statistics {'of the VAE' if stored else 'measured'}")
+        processes.wait_for_everyone()
 
 
 def describe(args, vae, data: ImageData) -> dict:

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 from dataset.class_labels import LabelledImages, empty_classes, list_images, some
-from dataset.preprocess import check_output, write_data_folder
+from dataset.preprocess import STAYS, check_output, write_data_folder
 from utils.errors import InputError, command, printable, when_interrupted
 from utils.files import read_object
 
@@ -38,12 +38,13 @@ def main(argv=None):
     check_output(output, root, args.overwrite)
     found = list_images(root, output)
     images = found.at_most(args.max_images)
-    with when_interrupted(lambda: "interrupted; nothing was written"):
+    with when_interrupted(lambda: f"interrupted; {STAYS}"):
         info = write_data_folder(
             output,
             images,
             resolution=args.resolution,
             num_workers=args.num_workers,
+            overwrite=args.overwrite,
             stop_on_error=args.on_error == "stop",
             exif_orientation=args.exif_orientation,
         )

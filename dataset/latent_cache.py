@@ -14,6 +14,7 @@ from dataset.latents import LatentStatistics
 from utils.distributed import rank, world_size
 from utils.errors import InputError
 from utils.files import read_object, require_disk, sync, write_at, write_json
+from utils.locks import JobLock
 from utils.npz import open_npy
 
 logger = logging.getLogger(__name__)
@@ -25,9 +26,9 @@ class LatentCache:
     """A cache of latents while it is being written: `<path>.npy` and `<path>.json` appear when it is whole.
 
     Until then the rows lie in `<path>.npy.tmp-cache`, with one byte for each finished row in `<path>.done.tmp-cache`,
-    so that a killed job goes on where it stopped, with any number of processes and any batch size. Every process writes
-    its own rows into the same files (not through a memory map: on a network file system two machines that write
-    different bytes of one page would undo each other).
+    so that a killed job goes on where it stopped, with any number of processes and any batch size. The job that is at
+    work holds `<path>.lock`. Every process writes its own rows into the same files (not through a memory map: on a
+    network file system two machines that write different bytes of one page would undo each other).
 
     Args:
         path: final name without suffix.
@@ -40,52 +41,80 @@ class LatentCache:
     def __init__(self, path: str | os.PathLike, description: dict):
         self.description = description
         self.array_path, self.json_path = Path(f"{path}.npy"), Path(f"{path}.json")
-        parts = [Path(f"{path}.{kind}.tmp-cache") for kind in ("npy", "done", "json")]
-        self.part_array, self.part_done, self.part_json = parts
+        self._parts = [Path(f"{path}.{kind}.tmp-cache") for kind in ("npy", "done", "json")]
+        self.part_array, self.part_done, self.part_json = self._parts
+        self._lock = JobLock(Path(f"{path}.lock"))
         self._rows = self._done = None  # from `open` on: the array, mapped; which rows were finished then
         self._done_offset = 0  # of the marks in their file, behind the header
         self._unflushed: list[tuple[int, int]] = []  # rows written and not yet marked: the first, and how many
 
     def start(self, *, overwrite: bool = False) -> bool:
-        """Check what is there and make the temporary files; on one process, before the others `open`.
+        """Check what is there and make the temporary files; on rank 0, and then on the others, before all `open`.
+
+        From here on no other job can take this name, until `finish`, `close` or the end of rank 0.
 
         Returns:
             False when the finished cache is there already, of the same VAE and data set.
 
         Raises:
-            InputError: another cache has this name, finished or not; or the disk is too small.
+            InputError: another cache has this name, finished or not; another job is at work on it; or the disk is too
+                small.
         """
-        # A finished cache of this description needs no work; no other is ever replaced unasked.
-        if self.array_path.exists() and not overwrite:
-            if self._describes_this(self.json_path):
-                self._discard_part()
-                return False
+        # What can be refused is refused before anything is written.
+        if self._is_finished(overwrite) and not any(part.exists() for part in self._parts):
+            return False
+        self._goes_on(overwrite)
+        self._require_disk()
+        self._lock_name()
+        try:  # once more: another job may have begun or ended meanwhile
+            if is_finished := self._is_finished(overwrite):
+                self._discard_part()  # left by one that was killed at its very end
+                self.close()
+            elif not self._goes_on(overwrite):
+                self._make_part()
+        except BaseException:
+            self.close()
+            raise
+        return not is_finished
+
+    def close(self) -> None:
+        """Let other jobs take this name; without effect where `start` has not taken it."""
+        self._lock.release()
+
+    def _is_finished(self, overwrite: bool) -> bool:
+        """Whether a finished cache of this description needs no work; no other is ever replaced unasked."""
+        if overwrite or not self.array_path.exists():
+            return False
+        if not self._describes_this(self.json_path):
             raise InputError(f"--vae-latents-name: {self.array_path} exists already, of {ANOTHER}")
+        return True
 
-        # An unfinished one goes on, even under --overwrite; that of another description gives way to --overwrite alone.
-        if self.part_json.exists() and self.part_array.exists() and self.part_done.exists():
-            is_this = self._describes_this(self.part_json)
-            if is_this and self._is_whole_part():
-                self._require_disk(already=self.part_array.stat().st_blocks * 512)
-                return True
-            if is_this:
-                logger.warning("%s is damaged: all latents are encoded anew", self.part_array)
-            elif not overwrite:
-                raise InputError(f"--vae-latents-name: {self.part_array} is an unfinished cache of {ANOTHER}")
+    def _goes_on(self, overwrite: bool) -> bool:
+        """Whether an unfinished cache goes on, even under `overwrite`; another's gives way to `overwrite` alone."""
+        if not all(part.exists() for part in self._parts):
+            return False
+        is_this = self._describes_this(self.part_json)
+        if not (is_this or overwrite):
+            raise InputError(f"--vae-latents-name: {self.part_array} is an unfinished cache of {ANOTHER}")
+        return is_this and self._is_whole_part()
 
-        # A new one: both arrays at full length (sparse until rows come), and the description last.
-        self._require_disk(already=0)
+    def _lock_name(self) -> None:
+        if rank() > 0:  # rank 0 has it
+            return
         try:
-            self.array_path.parent.mkdir(parents=True, exist_ok=True)
-            self._discard_part()
-            self.part_array.touch()
+            self._lock.acquire(f"--vae-latents-name: another job is at work on {self.array_path}")
         except OSError as error:
             raise InputError(f"--output-dir: {self.array_path.parent} cannot be written ({error.strerror})") from None
+
+    def _make_part(self) -> None:
+        """Both arrays at full length (sparse until rows come), and the description last."""
+        if self._describes_this(self.part_json):
+            logger.warning("%s is damaged: all latents are encoded anew", self.part_array)
+        self._discard_part()
         shape, dtype = tuple(self.description["shape"]), self.description["dtype"]
         open_memmap(self.part_array, "w+", dtype=dtype, shape=shape)
         open_memmap(self.part_done, "w+", dtype=np.uint8, shape=shape[:1])
         write_json(self.part_json, self.description)
-        return True
 
     def open(self) -> None:
         """Open the files that `start` made; on every process, and by all before any of them writes."""
@@ -134,6 +163,7 @@ class LatentCache:
         self.part_array.replace(self.array_path)
         sync(self.array_path.parent)
         self._discard_part()
+        self.close()
 
     def _describes_this(self, path: Path) -> bool:
         try:
@@ -153,9 +183,10 @@ class LatentCache:
         return as_made and rows.flags.c_contiguous
 
     def _discard_part(self) -> None:
-        for path in (self.part_json, self.part_done, self.part_array):
-            path.unlink(missing_ok=True)
+        for part in reversed(self._parts):  # the description first: the rest is nothing without it
+            part.unlink(missing_ok=True)
 
-    def _require_disk(self, already: int) -> None:
+    def _require_disk(self) -> None:
         size = int(np.prod(self.description["shape"], dtype=np.int64)) * np.dtype(self.description["dtype"]).itemsize
+        already = self.part_array.stat().st_blocks * 512 if self.part_array.exists() else 0
         require_disk(self.array_path, max(size - already, 0), f"--output-dir: the latents '{self.array_path.stem}'")

@@ -4,30 +4,35 @@ Nothing here imports torch, so that worker processes start quickly.
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import logging
-import multiprocessing
 import os
-import signal
 import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import ImageOps, UnidentifiedImageError
+import PIL
+from PIL import ImageOps
 from tqdm import tqdm
 
 from dataset.class_labels import LabelledImages, empty_classes
-from dataset.image_files import FORMATS, asks_for_turn, open_image
-from utils.errors import InputError, one_line
+from dataset.conversion import Read, Target, convert
+from dataset.conversion_journal import ConversionJournal
+from dataset.image_files import asks_for_turn, open_image
+from utils.errors import InputError
 from utils.files import require_disk, sync
 from utils.images import centre_crop, to_rgb
+from utils.locks import JobLock
 
 DATA_FILES = ("images.npy", "labels.npy", "dataset.json")
+STAYS = "the images that are finished stay, and the same command goes on from them"
+_PART = ".tmp-preprocessing"  # behind the names of files that are not whole
+_JOURNAL = f"images.done{_PART}"
+_LOCK = "preprocessing.lock"
 
 logger = logging.getLogger(__name__)
 
@@ -53,17 +58,25 @@ def _read_image(path: Path, resolution: int, exif_orientation: bool) -> tuple[np
 
 
 def check_output(output: Path, root: Path, overwrite: bool) -> None:
-    """Refuse an output folder that holds a data folder already (unless `overwrite`), or that is the input."""
+    """Refuse an output folder that is the input, at which another job is at work, or that holds a data folder already.
+
+    Raises:
+        InputError: one of these; the last is none under `overwrite`.
+    """
     if output.exists() and not output.is_dir():
         raise InputError(f"--output-path: {output} is a file; a folder is needed")
     if output.resolve() == root.resolve():
         raise InputError(f"--output-path: {output} is the folder of the images; another one is needed")
+    JobLock(output / _LOCK).require_free(_at_work(output))
+    _require_no_data(output, overwrite)
+
+
+def _require_no_data(output: Path, overwrite: bool) -> None:
     existing = [name for name in DATA_FILES if (output / name).exists()]
-    if existing and not overwrite:
+    is_unfinished = "dataset.json" not in existing and (output / _JOURNAL).exists()  # killed while they got their names
+    if existing and not (overwrite or is_unfinished):
         advice = "give another folder, or --overwrite"
         raise InputError(f"--output-path: {output} holds {', '.join(existing)} already; {advice}")
-    for stale in sorted(output.glob("images.npy.tmp-*")):
-        logger.warning("%s was left by a run that was killed; delete it if none is running", stale)
 
 
 def write_data_folder(
@@ -72,16 +85,21 @@ def write_data_folder(
     *,
     resolution: int,
     num_workers: int,
+    overwrite: bool = False,
     stop_on_error: bool = False,
     exif_orientation: bool = False,
 ) -> dict:
     """Convert images into `output`, whose three data files appear when all of them are whole, or not at all.
+
+    What an interrupted job of the same images and options has finished is not done again. Whatever ends this one before
+    its end, a signal, a full disk or an error, leaves what is finished for the next.
 
     Args:
         output: the data folder; its own files are replaced, others stay.
         images: from `list_images`.
         resolution: images become R x R.
         num_workers: processes; the result does not depend on it.
+        overwrite: replace a data folder, and what an interrupted job of other images or options has finished.
         stop_on_error: an unreadable image is an error; else it is left out.
         exif_orientation: turn images as their EXIF tag says.
     Returns:
@@ -89,104 +107,173 @@ def write_data_folder(
         labels show it), `left_out` (files that are no images, by suffix), `empty_classes` (as
         `dataset.class_labels.empty_classes`), `exif_turns` (how many images EXIF asks to turn).
     Raises:
-        InputError: disk too small, an unreadable image with `stop_on_error`, or no readable one. Nothing is written.
+        InputError: another job is at work there or was interrupted, the disk is too small or full, an unreadable image
+            with `stop_on_error`, or no readable one.
     """
     root, files = images.tree.root, images.files
+    parts = {name: output / f"{name}{_PART}" for name in DATA_FILES}
     size = len(files) * (3 * resolution**2 + 8) + sum(map(len, files))  # pixels, labels, names
-    require_disk(output, size, f"--output-path: {len(files)} images of {resolution} x {resolution}")
-    with _appear_together(output) as partial_files:
-        # Pixels first: which images can be read decides over everything else.
-        read = partial(_read_image, resolution=resolution, exif_orientation=exif_orientation)
-        target = partial_files["images.npy"]
-        skipped, turns = _write_images(target, root, files, read, resolution, num_workers, stop_on_error)
-        kept = [i for i, name in enumerate(files) if name not in skipped]
-        if not kept:
-            name, reason = next(iter(skipped.items()))
-            raise InputError(f"--imagenet-path: none of {len(files)} images is readable (first: {name}: {reason})")
-
-        labels = [images.labels[i] for i in kept]
-        with partial_files["labels.npy"].open("wb") as file:
-            np.save(file, np.array(labels, np.int64))
-        info = {
+    already = parts["images.npy"].stat().st_blocks * 512 if parts["images.npy"].is_file() else 0
+    require_disk(output, size - already, f"--output-path: {len(files)} images of {resolution} x {resolution}")
+    with _only_job(output):
+        _require_no_data(output, overwrite)  # again: another job may have ended meanwhile
+        description = {
             "format": 1,
-            "class_names": images.class_names,
+            "images": f"{len(files)} with names of SHA-256 {_sha256(files)}",
             "resolution": resolution,
-            "count": len(kept),
             "exif_orientation": exif_orientation,
-            "skipped": [{"file": name, "reason": reason} for name, reason in skipped.items()],
-            "sources": [files[i] for i in kept],
+            "pillow": PIL.__version__,
         }
-        is_shown = images.class_names or max(labels) + 1 == images.num_classes
-        notes = {
-            "num_classes": None if is_shown else images.num_classes,
-            "left_out": dict(sorted(images.tree.left_out.items())),
-            "empty_classes": empty_classes(labels, images.num_classes),
-            "exif_turns": turns,
-        }
-        info |= {name: value for name, value in notes.items() if value}
-        partial_files["dataset.json"].write_text(json.dumps(info, indent=1) + "\n")
+        journal = ConversionJournal(output / _JOURNAL, parts["images.npy"], description)
+        if not overwrite:
+            journal.require_this_job()
+        with _finished_stays(output, parts, journal):
+            # Pixels first: which images can be read decides over everything else.
+            read = partial(_read_image, resolution=resolution, exif_orientation=exif_orientation)
+            _write_images(output, journal, root, files, read, resolution, num_workers, stop_on_error)
+            kept = [i for i, name in enumerate(files) if name not in journal.skipped]
+            if not kept:
+                name, reason = next(iter(journal.skipped.items()))
+                journal.begin()  # it stays of no use
+                raise InputError(f"--imagenet-path: none of {len(files)} images is readable (first: {name}: {reason})")
+            info = _describe(images, kept, journal, resolution, exif_orientation)
+            with parts["labels.npy"].open("wb") as file:
+                np.save(file, np.array([images.labels[i] for i in kept], np.int64))
+            parts["dataset.json"].write_text(json.dumps(info, indent=1) + "\n")
+            _give_names(output, parts)
+        journal.discard()
     return info
 
 
+def _describe(
+    images: LabelledImages, kept: list[int], journal: ConversionJournal, resolution: int, exif_orientation: bool
+) -> dict:
+    """The contents of dataset.json, where the images of indices `kept` are readable."""
+    labels = [images.labels[i] for i in kept]
+    info = {
+        "format": 1,
+        "class_names": images.class_names,
+        "resolution": resolution,
+        "count": len(kept),
+        "exif_orientation": exif_orientation,
+        "skipped": [{"file": name, "reason": reason} for name, reason in journal.skipped.items()],
+        "sources": [images.files[i] for i in kept],
+    }
+    is_shown = images.class_names or max(labels) + 1 == images.num_classes
+    notes = {
+        "num_classes": None if is_shown else images.num_classes,
+        "left_out": dict(sorted(images.tree.left_out.items())),
+        "empty_classes": empty_classes(labels, images.num_classes),
+        "exif_turns": journal.turns,
+    }
+    return info | {name: value for name, value in notes.items() if value}
+
+
 @contextlib.contextmanager
-def _appear_together(output: Path) -> Iterator[dict[str, Path]]:
-    """Temporary paths for the data files; they get their names when the block ends, and go when it fails."""
+def _only_job(output: Path) -> Iterator[None]:
+    """No other job writes to `output` meanwhile; folders that were made for it and are empty at the end go again."""
     created = [folder for folder in (output, *output.parents) if not folder.exists()]
-    partial_files = {name: output / f"{name}.tmp-{os.getpid()}" for name in DATA_FILES}
+    lock = JobLock(output / _LOCK)
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        yield partial_files
-        for file in partial_files.values():
-            sync(file)
-        # dataset.json goes first and comes last: old and new files never look like one data folder.
-        (output / "dataset.json").unlink(missing_ok=True)
-        for name in DATA_FILES:
-            partial_files[name].replace(output / name)
-        sync(output)
-    except BaseException as error:
-        for file in partial_files.values():
-            with contextlib.suppress(OSError):
-                file.unlink(missing_ok=True)
+        lock.acquire(_at_work(output))
+        yield
+    except OSError as error:
+        raise InputError(f"--output-path: {output} cannot be written: {error.strerror or error}") from error
+    finally:
+        lock.release()
         for folder in created:
             with contextlib.suppress(OSError):
                 folder.rmdir()
+
+
+def _at_work(output: Path) -> str:
+    return f"--output-path: another job is at work on {output}"
+
+
+@contextlib.contextmanager
+def _finished_stays(output: Path, parts: dict[str, Path], journal: ConversionJournal) -> Iterator[None]:
+    """When the block fails, flush what is finished, and say that it stays; where nothing is, nothing stays."""
+    try:
+        yield
+    except BaseException as error:
+        if not journal.count:
+            journal.discard()
+            for part in parts.values():
+                part.unlink(missing_ok=True)
+            raise
+        with contextlib.suppress(OSError):  # a full disk: what was flushed before stays
+            journal.close()
         if isinstance(error, OSError):
-            raise InputError(f"--output-path: {output} cannot be written: {error.strerror or error}") from error
+            error = InputError(f"--output-path: {output} cannot be written: {error.strerror or error}")
+        if isinstance(error, InputError):
+            raise InputError(f"{error}; {STAYS}") from None
         raise
 
 
+def _give_names(output: Path, parts: dict[str, Path]) -> None:
+    for part in parts.values():
+        sync(part)
+    # dataset.json goes first and comes last: old and new files never look like one data folder.
+    (output / "dataset.json").unlink(missing_ok=True)
+    for name, part in parts.items():
+        part.replace(output / name)
+    sync(output)
+
+
 def _write_images(
-    path: Path, root: Path, files: list[str], read: Callable, resolution: int, num_workers: int, stop_on_error: bool
-) -> tuple[dict[str, str], int]:
-    """Write images.npy without holes; return name -> reason of the unreadable ones, in order, and turns asked for."""
-    # Room for all files: which of them are images is known at the end, and then the file is cut.
-    header, row_bytes = _npy_header(len(files), resolution), 3 * resolution**2
-    with path.open("wb") as file:
-        file.truncate(len(header) + len(files) * row_bytes)
+    output: Path,
+    journal: ConversionJournal,
+    root: Path,
+    files: list[str],
+    read: Read,
+    resolution: int,
+    num_workers: int,
+    stop_on_error: bool,
+) -> None:
+    """Write what is missing of images.npy, without holes; the journal has what cannot be read."""
+    header = _npy_header(len(files), resolution)
+    target = Target(journal.array, len(header), 3 * resolution**2)
+    _take_up(output, journal, target, root, files)
+    if stop_on_error and journal.skipped:
+        name, reason = next(iter(journal.skipped.items()))
+        raise InputError(f"--on-error stop: {root / name}: {reason}")
 
-    # Some 16 MB of pixels at a time per process; smaller where there would not be enough chunks for all.
-    chunk_size = max(1, min(64, 2**24 // row_bytes, len(files) // (4 * num_workers)))
-    chunks = [files[first : first + chunk_size] for first in range(0, len(files), chunk_size)]
+    missing = files[journal.count :]
+    chunks = convert(root, missing, read, target, journal.rows, num_workers)
+    progress = tqdm(total=len(files), initial=journal.count, unit="image", desc="preprocessing", disable=None)
+    with contextlib.closing(chunks), progress:
+        for chunk in chunks:
+            if chunk.skipped and stop_on_error:
+                name, reason = next(iter(chunk.skipped.items()))
+                raise InputError(f"--on-error stop: {root / name}: {reason}")
+            journal.add(chunk)
+            progress.update(chunk.count)
+    journal.close()
 
-    convert = partial(_convert_chunk, root=root, read=read, target=path, offset=len(header))
-    skipped, turns = {}, 0
-    with _process_pool(num_workers, tasks=len(chunks)) as pool:
-        with _interrupts_held_back():  # processes inherit it: they end the chunks they are at when this one is stopped
-            results = pool.map(convert, range(len(chunks)), chunks)
-        with tqdm(total=len(files), unit="image", desc="preprocessing", disable=None) as progress:
-            for chunk, (failures, asked) in zip(chunks, results, strict=True):
-                skipped.update(failures)
-                turns += asked
-                if failures and stop_on_error:
-                    name, reason = failures[0]
-                    raise InputError(f"--on-error stop: {root / name}: {reason}")
-                progress.update(len(chunk))
+    with target.path.open("r+b") as file:
+        file.write(_npy_header(journal.rows, resolution))
+        file.truncate(target.header_bytes + journal.rows * target.row_bytes)
 
-    count = len(files) - len(skipped)
-    with path.open("r+b") as file:
-        file.write(_npy_header(count, resolution))
-        file.truncate(len(header) + count * row_bytes)
-    return skipped, turns
+
+def _take_up(output: Path, journal: ConversionJournal, target: Target, root: Path, files: list[str]) -> None:
+    """Find out what an interrupted job has finished; the array gets room for all files.
+
+    Which of them are images is known at the end, and then the array is cut.
+    """
+    if journal.earlier() == journal.description:
+        if not target.path.exists() and not (output / "dataset.json").exists():  # killed between two names
+            with contextlib.suppress(FileNotFoundError):
+                (output / "images.npy").replace(target.path)
+        journal.go_on(root, files)
+        size = target.path.stat().st_size if target.path.exists() else 0
+        if size < target.header_bytes + journal.rows * target.row_bytes:
+            logger.warning("%s is damaged: all images are converted anew", target.path)
+            journal.begin()
+    else:
+        target.path.unlink(missing_ok=True)
+        journal.begin()
+    with target.path.open("ab") as file:
+        file.truncate(target.header_bytes + len(files) * target.row_bytes)
 
 
 def _npy_header(count: int, resolution: int) -> bytes:
@@ -197,87 +284,5 @@ def _npy_header(count: int, resolution: int) -> bytes:
     return buffer.getvalue()
 
 
-@contextlib.contextmanager
-def _process_pool(num_workers: int, tasks: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that know whose turn it is to write; tasks that have not begun when the block ends are dropped."""
-    context = multiprocessing.get_context("spawn")  # no surprise from threads of this process, on any platform
-    start = dict(initializer=_start_worker, initargs=(_Turns(context),))
-    pool = ProcessPoolExecutor(min(num_workers, tasks), mp_context=context, **start)
-    try:
-        yield pool
-    except BrokenProcessPool as error:
-        problem = f"one of {num_workers} processes was killed, perhaps for want of memory"
-        raise InputError(f"--num-workers: {problem}; try fewer") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-@contextlib.contextmanager
-def _interrupts_held_back() -> Iterator[None]:
-    """Ctrl-C waits until the block ends; in processes that are started inside, for as long as they live."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
-class _Turns:
-    """Tells each chunk, in their order, at which row to write: right behind the readable images before it."""
-
-    def __init__(self, context) -> None:
-        self.condition = context.Condition()
-        self.chunk = context.Value("q", 0, lock=False)
-        self.row = context.Value("q", 0, lock=False)
-
-    def take(self, chunk: int, rows: int) -> int:
-        """The first row of a chunk that has so many readable images, once all chunks before it have taken theirs."""
-        # No deadlock: chunks are handed out in order, so that all earlier ones are done or at work.
-        with self.condition:
-            self.condition.wait_for(lambda: self.chunk.value == chunk)
-            first = self.row.value
-            self.row.value += rows
-            self.chunk.value += 1
-            self.condition.notify_all()
-            return first
-
-
-_turns: _Turns  # only in worker processes: a lock reaches them when they start, not with a task
-
-
-def _start_worker(turns: _Turns) -> None:
-    global _turns
-    _turns = turns
-
-
-def _convert_chunk(
-    chunk: int, names: list[str], *, root: Path, read: Callable, target: Path, offset: int
-) -> tuple[list[tuple[str, str]], int]:
-    """Write the readable images of chunk number `chunk` to their rows.
-
-    Returns:
-        (name, reason) of the others; how many of the readable ones EXIF asks to turn.
-    """
-    images, failures, turns = [], [], 0
-    for name in names:
-        try:
-            pixels, turn = read(root / name)
-            images.append(pixels)
-            turns += turn
-        except Exception as error:  # damaged files make decoders raise OSError, SyntaxError, zlib.error, ...
-            failures.append((name, _reason(error)))
-
-    first = _turns.take(chunk, len(images))
-    if images:
-        with target.open("r+b") as file:
-            file.seek(offset + first * images[0].nbytes)
-            file.write(np.stack(images))
-    return failures, turns
-
-
-def _reason(error: Exception) -> str:
-    """One line without the path, so that dataset.json does not depend on where the images lie."""
-    if isinstance(error, UnidentifiedImageError):
-        return f"not an image ({', '.join(FORMATS)})"
-    text = getattr(error, "strerror", None) or str(error)
-    return one_line(text) or type(error).__name__
+def _sha256(names: list[str]) -> str:
+    return hashlib.sha256(b"\0".join(map(os.fsencode, names))).hexdigest()

@@ -6,6 +6,7 @@ import torch
 
 from dataset.data import LatentData
 from dataset.latent_cache import LatentCache
+from tests.support.small import listing
 from utils.errors import InputError
 
 COUNT, SHAPE = 10, (10, 4, 3, 3)  # 2 channels of mean, 2 of std
@@ -24,6 +25,7 @@ def opened(tmp_path, **changes):
     cache = LatentCache(tmp_path / "z", description(**changes))
     assert cache.start()
     cache.open()
+    cache.close()  # another may come: one that was killed holds nobody up
     return cache
 
 
@@ -67,6 +69,23 @@ def test_two_writers_share_the_rows(tmp_path):
     assert torch.equal(LatentData(tmp_path / "z").__getitems__(range(COUNT)), rows())
 
 
+def test_a_second_job_is_refused_and_touches_nothing(tmp_path, monkeypatch):
+    finished(tmp_path)
+    first, second = (LatentCache(tmp_path / "z", description()) for _ in range(2))
+    assert first.start(overwrite=True)
+    before = listing(tmp_path)
+    for overwrite in (False, True):  # also one that would find the old cache finished
+        with pytest.raises(InputError, match=r"--vae-latents-name: another job is at work on .*z\.npy"):
+            second.start(overwrite=overwrite)
+    assert listing(tmp_path) == before
+    with monkeypatch.context() as patch:
+        patch.setattr("dataset.latent_cache.rank", lambda: 1)  # a process of the first job
+        assert second.start(overwrite=True)
+    first.close()
+    assert sorted(path.name for path in tmp_path.glob("*.lock")) == []
+    assert second.start() is False and not list(tmp_path.glob("*.tmp-cache"))
+
+
 def test_what_half_precision_cannot_hold_is_refused(tmp_path):
     cache = opened(tmp_path, dtype="float16")
     write(cache, range(COUNT))
@@ -96,6 +115,7 @@ def test_what_belongs_to_others_is_refused(tmp_path, change):
 
     other = LatentCache(tmp_path / "z", description(**change))
     assert other.start(overwrite=True)
+    other.close()
     assert (tmp_path / "z.npy").read_bytes() == before  # until the new one is whole
     (tmp_path / "z.npy").unlink()
     (tmp_path / "z.json").unlink()

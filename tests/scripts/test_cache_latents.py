@@ -15,8 +15,10 @@ from models.vae_files import save_vae_files
 from models.vae_keys import to_ldm
 from tests.support import small
 from tests.support.forks import Fork
+from utils.errors import REQUEUE, SIGNALS
 from utils.files import sha256
 from utils.images import to_signed
+from utils.locks import JobLock
 
 COUNT = 37  # not a multiple of the batch
 
@@ -98,6 +100,25 @@ def test_a_killed_job_goes_on(whole, place, monkeypatch):
     assert sum(encoded) == COUNT - done
     np.testing.assert_allclose(np.load(place / "killed.npy"), whole.array, rtol=1e-4, atol=1e-5)
     assert not list(place.glob("killed.*tmp*"))
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_to_all_processes_of_a_job_loses_nothing(place, tmp_path, number):
+    """Loader processes too; the next job has the name at once."""
+    arguments = [*flags(place, "stopped", batch=1), *small.argv(output_dir=tmp_path, num_workers=2)]
+    job = Fork("tests/support/workers/signalled_cache.py", number.name, *arguments).wait()
+    assert job.returncode == (130 if number == signal.SIGINT else REQUEUE)
+    assert job.stderr.splitlines()[-1].endswith("finished stay, and the same command goes on from them")
+    assert "Traceback" not in job.stderr and not (tmp_path / "stopped.lock").exists()
+    assert np.load(tmp_path / "stopped.done.tmp-cache").sum() == 3
+
+
+def test_a_second_job_is_refused(place, tmp_path, capsys):
+    lock = JobLock(tmp_path / "z.lock")
+    lock.acquire("")
+    assert "another job is at work on" in refused(capsys, flags(place, "z", "--output-dir", str(tmp_path)))
+    lock.release()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_vaes_own_statistics_are_kept_from_a_file_or_a_folder(whole, place, vae):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import zlib
@@ -343,29 +342,6 @@ def test_a_public_data_folder_gets_the_files_beside_its_own(tree, tmp_path):
     (tmp_path / "out" / "images.h5").write_bytes(b"public")
     assert len(run(tree, tmp_path / "out")[0]) == 5
     assert (tmp_path / "out" / "images.h5").read_bytes() == b"public"
-
-
-@pytest.mark.parametrize("moment", ["converting", "finishing"])
-def test_interrupted_nothing_is_left(tree, tmp_path, monkeypatch, capsys, moment):
-    def interrupt(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    if moment == "converting":
-        monkeypatch.setattr(preprocess.tqdm, "update", interrupt)
-    else:
-        monkeypatch.setattr(preprocess, "sync", interrupt)
-    with pytest.raises(SystemExit) as caught:
-        run(tree, tmp_path / "new" / "out", workers=2)
-    assert caught.value.code == 130
-    assert capsys.readouterr().err.splitlines()[-1].endswith("stopped: interrupted; nothing was written")
-    assert not (tmp_path / "new").exists()
-
-
-def test_a_killed_process_is_one_line(tree, refused, monkeypatch):
-    monkeypatch.setattr(preprocess, "_start_worker", os._exit)  # with what the next line gives
-    monkeypatch.setattr(preprocess, "_Turns", lambda context: 9)
-    assert "processes was killed" in refused(tree)
-    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 def test_names_of_any_bytes_are_printed_and_written(tree, tmp_path):
