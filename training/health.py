@@ -1,7 +1,9 @@
 """Whether a run is well: the spread of its latents, networks that have stopped learning, the record of a bad step."""
 
 import argparse
+import contextlib
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -50,7 +52,13 @@ class LatentSpread:
 
 
 def require_learning(
-    window: Window, done: int, scales: dict[str, float], folder: Path, num_images: int, args: argparse.Namespace
+    window: Window,
+    done: int,
+    scales: dict[str, float],
+    folder: Path,
+    num_images: int,
+    args: argparse.Namespace,
+    settle: Callable[[], None],
 ) -> None:
     """End a run in which a network has stopped learning, with a record of its last step.
 
@@ -60,6 +68,7 @@ def require_learning(
         scales: of each network's loss, under fp16.
         folder: of the run; rank 0 writes `bad-step-<done>.json` there.
         num_images: of the data set.
+        settle: waits for a checkpoint that is being written.
 
     Raises:
         FloatingPointError: of the last steps, --max-bad-steps in a row had a gradient norm of one network that is not
@@ -68,12 +77,21 @@ def require_learning(
     why = _what_is_wrong(window.bad_steps, scales, args.max_bad_steps)
     if why is None:
         return
-    path = bad_step_path(folder, done)
+    path, see = bad_step_path(folder, done), ""
     if rank() == 0:
-        write_json(path, {"step": done, "why": why, **_last_step(window, done, scales, num_images, args)})
+        settle()
+        with contextlib.suppress(OSError):  # the reason counts more than its record
+            write_json(path, {"step": done, "why": why, **_last_step(window, done, scales, num_images, args)})
+            see = f"; see {path}"
     if world_size() > 1:
         dist.barrier()  # a launcher ends the others with the first that leaves
-    raise FloatingPointError(f"step {done}: {why}; {what_now(folder, args)}; see {path}")
+    raise on_all(FloatingPointError(f"step {done}: {why}; {what_now(folder, args)}{see}"))
+
+
+def on_all(error: FloatingPointError) -> FloatingPointError:
+    """An error that all processes meet alike: rank 0 alone says it."""
+    error.printed = rank() > 0
+    return error
 
 
 def what_now(folder: Path, args: argparse.Namespace) -> str:

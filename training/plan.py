@@ -57,7 +57,7 @@ class PlannedRun:
         self.device, self.notes, self.scales_loss = torch.device("cpu"), [], False
         if args.batch_size % self.processes:
             raise InputError(f"--batch-size: {args.batch_size} images do not divide by {self.processes} processes")
-        self.start_step, self.resume_from, self.goes_on, _ = run_folder.starting_point(args)
+        self.start_step, self.resume_from, self.goes_on, *_ = run_folder.starting_point(args)
 
         self.data, self.latent_bytes = self._data(), 0
         in_epoch = max(batches_per_epoch(self.num_images, args.batch_size) // args.gradient_accumulation_steps, 1)

@@ -42,15 +42,21 @@ class Reports:
         with _going_on(f"step {done}: its row of {file} waits"):
             _append(self.folder / file, "".join(self._unwritten[file]))
             self._unwritten[file].clear()
-        with _going_on(f"step {done}: its row does not reach the tracker"):
+        with _going_on(f"step {done}: its row does not reach the tracker", Exception):
             for tracker in self.trackers:
                 tracker.log(known, step=done)
+
+    def evaluation(self, file: str, done: int, results: dict[str, float]) -> None:
+        """A row of metrics to a file and to the log."""
+        self.row(file, done, results)
+        logger.info("step %d: %s", done, ", ".join(f"{name} {value:.4g}" for name, value in results.items()))
 
     def pictures(self, done: int, pictures: dict[str, np.ndarray]) -> None:
         """Pictures uint8 (H, W, 3) by name, to `samples/`."""
         for name, picture in pictures.items():
             with _going_on(f"step {done}: the picture of {name} is lost"):
                 save_png(picture, self.folder / "samples" / f"{done:07d}-{name}.png")
+            with _going_on(f"step {done}: the picture of {name} does not reach the tracker", Exception):
                 for tracker in self.trackers:
                     tracker.log_images({name: picture[None]}, step=done)
 
@@ -58,8 +64,9 @@ class Reports:
         for file, lines in self._unwritten.items():
             with _going_on(f"{len(lines)} rows of {file} are lost"):
                 _append(self.folder / file, "".join(lines))
-        for tracker in self.trackers:
-            tracker.finish()
+        with _going_on("the tracker does not end well", Exception):
+            for tracker in self.trackers:
+                tracker.finish()
         for handler in self._handlers:
             logging.getLogger().removeHandler(handler)
             handler.close()
@@ -74,22 +81,24 @@ def _append(path: Path, lines: str) -> None:
     """At the end of a file, whole or not at all: a disk that fills up half-way through leaves no part of a line."""
     if not lines:
         return
-    with path.open("ab") as file:
+    left = memoryview(lines.encode())
+    with path.open("ab", buffering=0) as file:  # a buffer would try again, and fail again, when it is cut or closed
         end = file.tell()
         try:
-            file.write(lines.encode())
-            file.flush()
+            while left:
+                left = left[file.write(left) :]
         except OSError:
             file.truncate(end)
             raise
 
 
 @contextlib.contextmanager
-def _going_on(loss: str) -> Iterator[None]:
+def _going_on(loss: str, errors: type[Exception] = OSError) -> Iterator[None]:
+    """Say what is lost where the block fails; a tracker, which is others' code, may fail by any error."""
     try:
         yield
-    except OSError as error:
-        logger.error("%s (%s); training goes on", loss, error.strerror or error)
+    except errors as error:
+        logger.error("%s (%s); training goes on", loss, getattr(error, "strerror", None) or error)
 
 
 def _open_log(path: Path) -> list[logging.Handler]:
@@ -111,3 +120,21 @@ class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
         if not isinstance(sys.exc_info()[1], OSError):
             super().handleError(record)
+
+
+class Lasting:
+    """A stream that may be gone: Ctrl-C ends a `| tee`, too, and what is written for nobody is no error."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)

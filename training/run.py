@@ -18,11 +18,11 @@ from tqdm import tqdm
 from dataset.order import batches, batches_per_epoch
 from training import run_folder
 from training.ahead import Ahead
-from training.health import require_learning, what_now
+from training.health import on_all, require_learning, what_now
 from training.numerics import AUTOCAST, how_it_computes, set_numerics
 from training.optimizer import Optimizer
-from training.reports import Reports, finite
-from training.saver import Saver
+from training.reports import Lasting, Reports, finite
+from training.saver import Saver, require_saved
 from training.stopping import Stopping
 from training.window import Window
 from utils.cards import card_peak
@@ -73,29 +73,36 @@ class Run:
                 self._lock.require_free(self._taken())
                 start = run_folder.starting_point(args, whole=True)
         self._start = from_main(start if self.is_main else None)
-        self.start_step, self.resume_from, self.goes_on, notes = self._start
+        self.start_step, self.resume_from, self.goes_on, notes, _ = self._start
         self.notes += notes
         with together():  # each has looked for itself
             if self.resume_from is not None and not self.resume_from.is_file():
                 problem = f"rank 0 goes on from {self.resume_from}, which this process does not see"
                 raise InputError(f"--resume: {problem}; --output-dir must be one folder for all machines")
-        self._done, self._stopped_together = self.start_step, False
+        self._done, self._stopped_together, self._signals = self.start_step, False, contextlib.ExitStack()
 
     def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, kind: type | None, *_) -> None:
         """Close the trackers and the log, and let others have the folder. An error's way out waits for nobody else."""
-        if kind is None:
-            self._stopping.close()
-            self.wait()
-        if self._saver is not None and not (kind and issubclass(kind, KeyboardInterrupt)):
-            self._saver.wait()
-        if self._reports is not None:
-            self._reports.close()
-        self._lock.release()
+        if not self._stopped_together:
+            self._signals.close()
+        at_once = bool(kind) and issubclass(kind, KeyboardInterrupt) and not self._stopped_together
+        try:
+            if kind is None:
+                self._stopping.close()
+                self.wait()
+            if not at_once:
+                self._settle()
+            if self._reports is not None:
+                self._reports.close()
+        finally:
+            if self._saver is None or self._saver.idle:  # else the folder is ours until the process has ended
+                self._lock.release()
         if self._stopped_together:
             self.wait()  # a launcher ends the others, with rank 0 in its trackers, as soon as one has left
+            self._signals.close()
 
     # ------------------------------------------------------------------ processes
 
@@ -121,16 +128,14 @@ class Run:
 
     def to_device(self, *modules: nn.Module | None) -> None:
         """Move modules to this process's device; None stands for one that the run does without."""
-        for module in modules:
-            if module is not None:
-                module.to(self.device)
+        for module in filter(None, modules):
+            module.to(self.device)
 
     def tune_convolutions(self, *modules: nn.Module | None) -> None:
         """For --tune-convolutions: weights and activations of these modules in channels_last, cuDNN's fastest way."""
         torch.backends.cudnn.benchmark = not self.args.deterministic
-        for module in modules:
-            if module is not None:
-                module.to(memory_format=torch.channels_last)
+        for module in filter(None, modules):
+            module.to(memory_format=torch.channels_last)
 
     # ------------------------------------------------------------------ numerics
 
@@ -195,16 +200,15 @@ class Run:
             self._made_by = made_by(data_fingerprint=data.fingerprint)
             versions = ", ".join(map(" ".join, self._made_by["versions"].items()))
             logger.info("commit %s; %s; %s", self._made_by["commit"], versions, self._made_by["command"])
-        if evaluate is not None and self._lacks_evaluation(args.eval_steps):
+        if evaluate is not None and self._lacks(args.eval_steps, run_folder.lacks_evaluation):
             self.log_evaluation(self.start_step, evaluate())
-        if preview is not None and self._lacks_pictures(args.sampling_steps):
+        if preview is not None and args.num_preview and self._lacks(args.sampling_steps, run_folder.lacks_pictures):
             self.log_pictures(self.start_step, preview())
 
-        steps = range(self.start_step, self.total_steps)
-        self._progress = tqdm(
-            steps, initial=self.start_step, total=self.total_steps, disable=not self.is_main, desc=args.exp_name
-        )
-        with self._stopping.listening(), frozen_garbage() as freeze:
+        steps, begun = range(self.start_step, self.total_steps), dict(initial=self.start_step, total=self.total_steps)
+        self._progress = tqdm(steps, **begun, disable=not self.is_main, desc=args.exp_name, file=Lasting(sys.stderr))
+        self._signals.enter_context(self._stopping.listening())  # until the run is closed, or its loop has ended
+        with frozen_garbage() as freeze:
             for step in self._progress:
                 self._window.start_step()
                 yield step
@@ -212,16 +216,25 @@ class Run:
                 self._done = done = step + 1
                 if done - self.start_step == STEPS_BEFORE_FREEZING:
                     freeze()
-                stops = self._stopping.agreed() and done < self.total_steps
+                stops, saved = self._stopping.agreed() and done < self.total_steps, False
                 if stops or self._is_due(done, args.checkpointing_steps):
-                    self._save_unless_bad(done, partial(checkpoint, done))
+                    saved = self._save_unless_bad(done, partial(checkpoint, done))
                 if stops:
                     raise self._stopped()
-                if evaluate is not None and self._is_due(done, args.eval_steps):
+
+                evaluates = evaluate is not None and self._is_due(done, args.eval_steps)
+                pictures = preview is not None and args.num_preview and self._is_due(done, args.sampling_steps)
+                if evaluates:
                     self.log_evaluation(done, evaluate())
-                if preview is not None and args.num_preview and self._is_due(done, args.sampling_steps):
+                if pictures:
                     self.log_pictures(done, preview())
-            self._require_saved()
+                # Minutes may have gone by.
+                if (evaluates or pictures) and done < self.total_steps and self._stopping.agreed(now=True):
+                    if not saved:
+                        self._save_unless_bad(done, partial(checkpoint, done))
+                    raise self._stopped()
+            require_saved(self._saver)
+        self._signals.close()
         if self.is_main and self._cut_short:
             logger.warning("the run has ended: %s", self._cut_short)
 
@@ -246,41 +259,26 @@ class Run:
 
     def _stopped(self) -> Interrupt:
         """How a run ends that was asked to stop, once its checkpoint is on the disk."""
-        self._require_saved()
+        require_saved(self._saver)
         self._stopped_together = True
         cause, saved = self._stopping.cause or "a signal to another process", latest_step(self.folder)
         on = f"--resume latest goes on from its checkpoint, of step {saved}"
         stays = "there is no checkpoint" if saved is None else on
         return Interrupt(f"by {cause}, after step {self._done}; {stays}")
 
-    def _require_saved(self) -> None:
-        """Wait until the newest checkpoint is on the disk; what hindered it is an error now, on every process."""
-        failure = None
-        if self._saver is not None:
-            self._saver.wait()
-            failure = self._saver.failure
-        lost = from_main(failure is not None)
-        if failure is not None:
-            raise failure
-        if lost:
-            sys.exit(1)  # rank 0 says why
-
     def _is_due(self, done: int, every: int) -> bool:
         """Whether something that happens every so many steps, and at the end, happens after `done` steps."""
         return done % every == 0 or done == self.total_steps
 
-    def _lacks_evaluation(self, every: int) -> bool:
-        """Whether the run goes on from a step whose evaluation is due but not on file: the job ended within it."""
-        if not (self.goes_on and self._is_due(self.start_step, every)):
-            return False
-        path = self.folder / run_folder.EVALUATIONS  # rank 0 wrote it; others may not see it as it is now
-        return from_main(self.is_main and not run_folder.has_row(path, self.start_step))
+    def _lacks(self, every: int, lacks: Callable) -> bool:
+        """Whether what is due at the step from which the run goes on is not in its folder, as rank 0 sees it."""
+        due = self.goes_on and self._is_due(self.start_step, every)
+        return due and from_main(self.is_main and lacks(self.folder, self.start_step))
 
-    def _lacks_pictures(self, every: int) -> bool:
-        """As `_lacks_evaluation`, of the preview grids."""
-        if not (self.goes_on and self.args.num_preview and self._is_due(self.start_step, every)):
-            return False
-        return from_main(self.is_main and not list((self.folder / "samples").glob(f"{self.start_step:07d}-*.png")))
+    def _settle(self) -> None:
+        """Wait for a checkpoint that is being written, on rank 0."""
+        if self._saver is not None:
+            self._saver.wait()
 
     # ------------------------------------------------------------------ the folder
 
@@ -312,7 +310,7 @@ class Run:
         with main_first():
             if self.is_main:
                 self._lock.acquire(self._taken())
-                if run_folder.starting_point(self.args)[:3] != self._start[:3] and not self._start.notes:
+                if run_folder.starting_point(self.args).there != self._start.there:
                     raise InputError(f"{self._taken()} while this one was starting; start it again")
         if self.is_main:
             if self.goes_on:
@@ -364,13 +362,12 @@ class Run:
             self._reports.row(run_folder.METRICS, done, row)
             known = finite(row)
             self._progress.set_postfix({key: f"{known[key]:.4f}" for key in PROGRESS_LOSSES if key in known})
-        require_learning(self._window, done, scales, self.folder, self._num_images, args)
+        require_learning(self._window, done, scales, self.folder, self._num_images, args, self._settle)
 
     def log_evaluation(self, done: int, results: dict[str, float]) -> None:
         """Metrics of an evaluation to `evaluations.jsonl`, the log and the tracker; on rank 0."""
         if self.is_main:
-            self._reports.row(run_folder.EVALUATIONS, done, results)
-            logger.info("step %d: %s", done, ", ".join(f"{name} {value:.4g}" for name, value in results.items()))
+            self._reports.evaluation(run_folder.EVALUATIONS, done, results)
 
     def log_pictures(self, done: int, pictures: dict[str, np.ndarray]) -> None:
         """Pictures uint8 (H, W, 3) by name, to `samples/` and to the tracker; on rank 0, and the others wait."""
@@ -378,17 +375,20 @@ class Run:
             self._reports.pictures(done, pictures)
         self.wait()
 
-    def _save_unless_bad(self, done: int, contents: Callable[[], dict]) -> None:
-        """Save, where the step's losses are finite: else say so, and at the end of the run it is an error."""
+    def _save_unless_bad(self, done: int, contents: Callable[[], dict]) -> bool:
+        """Save, where the step's losses are finite: else say so, and at the end of the run it is an error. Returns
+        whether it is saved."""
         window = self._window.state()  # of a stop between two rows
         if not (infinite := self._window.infinite_losses()):
             self.save(done, lambda: contents() | ({"window": window} if window else {}))
-            return
+            return True
         why = f"step {done}: no checkpoint is written; not finite: {', '.join(infinite)}"
         if done == self.total_steps:
-            raise FloatingPointError(f"{why}; {what_now(self.folder, self.args)}")
+            self._settle()
+            raise on_all(FloatingPointError(f"{why}; {what_now(self.folder, self.args)}"))
         if self.is_main:
             logger.warning(why)
+        return False
 
     def save(self, done: int, contents: Callable[[], dict]) -> None:
         """Begin to write the checkpoint after so many steps, on rank 0."""

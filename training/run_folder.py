@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 METRICS, EVALUATIONS, BAD_STEPS = "metrics.jsonl", "evaluations.jsonl", "bad-step-*.json"
 LOCK = "run.lock"  # held by the job that trains
 # What a run puts into its folder; `--overwrite` removes these, BAD_STEPS, the tracker's folder and nothing else.
-RUN_FILES = ("args.json", "checkpoints", "samples", METRICS, EVALUATIONS, "log.txt", "latents-stats.pt", WANDB_RUN)
+RUN_FILES = ("checkpoints", "samples", METRICS, EVALUATIONS, "log.txt", "latents-stats.pt", WANDB_RUN, "args.json")
 # How a run goes on may differ from how it began; and what is no flag.
 FREE_TO_CHANGE = (
     *("resume", "resume_step", "continue_train_exp_dir", "overwrite", "seen_classes"),
@@ -40,6 +40,7 @@ class Start(NamedTuple):
     checkpoint: Path | None = None
     goes_on: bool = False  # whether the checkpoint lies in the run's own folder
     notes: tuple[str, ...] = ()
+    there: tuple[int, ...] = ()  # steps with a checkpoint in the run's own folder
 
 
 def starting_point(args: argparse.Namespace, *, whole: bool = False) -> Start:
@@ -58,7 +59,7 @@ def starting_point(args: argparse.Namespace, *, whole: bool = False) -> Start:
     goes_on = checkpoint is not None and checkpoint.parent.parent.resolve() == folder.resolve()
     if not goes_on:
         _require_free(args, folder)
-    return Start(step, checkpoint, goes_on, tuple(notes))
+    return Start(step, checkpoint, goes_on, tuple(notes), tuple(checkpoint_steps(folder)))
 
 
 def _resume_point(args: argparse.Namespace, folder: Path, whole: bool) -> tuple[int, Path | None, list[str]]:
@@ -100,7 +101,8 @@ def _require_free(args: argparse.Namespace, folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--exp-name: {folder} is a file")
     require_writable(folder / "args.json", "--output-dir")
-    if not folder.exists() or {path.name for path in folder.iterdir()} <= {LOCK}:
+    # A job that died before its args.json was there is nobody's loss.
+    if not folder.exists() or all(path.name == LOCK or ".tmp-" in path.name for path in folder.iterdir()):
         return
     if restarting and (folder / "args.json").is_file():
         return
@@ -114,8 +116,8 @@ def clear(folder: Path, logging_dir: str) -> None:
     """Remove an earlier run of this name, and nothing else: a --logging-dir that lies elsewhere is left alone."""
     logs = folder / logging_dir
     inside = folder.resolve() in logs.resolve().parents
-    named = *(folder / name for name in RUN_FILES), *folder.glob(BAD_STEPS)
-    for path in (*named, *([logs] if inside else [])):
+    named = *folder.glob(BAD_STEPS), *([logs] if inside else []), *(folder / name for name in RUN_FILES)
+    for path in named:  # args.json last: until then it is a run's folder, which --overwrite may clear
         is_folder = path.is_dir() and not path.is_symlink()  # of a link the link alone goes
         shutil.rmtree(path) if is_folder else path.unlink(missing_ok=True)
 
@@ -142,11 +144,11 @@ def set_aside_after(folder: Path, step: int) -> list[str]:
 
 def make(folder: Path, args: argparse.Namespace, start_step: int) -> None:
     """The folder of a run that starts or goes on from this step."""
+    write_json(folder / "args.json", vars(args))  # first: with it the folder is a run's, which may be gone on with
     checkpoints = folder / "checkpoints"
-    checkpoints.mkdir(parents=True, exist_ok=True)
+    checkpoints.mkdir(exist_ok=True)
     for unfinished in checkpoints.glob("*.tmp-*"):  # of a job that was killed
         unfinished.unlink()
-    write_json(folder / "args.json", vars(args))
     _forget_rows_after(folder, start_step)
 
 
@@ -185,9 +187,14 @@ def _forget_rows_after(folder: Path, step: int) -> None:
             temporary.write_text("".join(f"{line}\n" for line, of in rows if of is not None and of <= step))
 
 
-def has_row(path: Path, step: int) -> bool:
-    """Whether a file of rows has one of this step."""
-    return path.is_file() and any(_step_of(line) == step for line in path.read_text(errors="replace").split("\n"))
+def lacks_evaluation(folder: Path, step: int) -> bool:
+    """Whether no row of this step is on file: the job ended before it, or within it."""
+    path = folder / EVALUATIONS
+    return not path.is_file() or step not in map(_step_of, path.read_text(errors="replace").split("\n"))
+
+
+def lacks_pictures(folder: Path, step: int) -> bool:
+    return not list((folder / "samples").glob(f"{step:07d}-*.png"))
 
 
 def _step_of(line: str) -> int | None:

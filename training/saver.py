@@ -1,6 +1,7 @@
 """Checkpoints written behind the training: copied while it waits, brought to the disk while it goes on."""
 
 import logging
+import sys
 import threading
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from utils.background import HostCopy
 from utils.checkpoint import write_checkpoint
 from utils.checkpoint_files import checkpoint_path, checkpoint_steps
+from utils.distributed import from_main
 from utils.memory import free_bytes
 
 logger = logging.getLogger(__name__)
@@ -46,10 +48,20 @@ class Saver:
             logger.warning("%.3g GB more memory are not there: training waits for the checkpoint's file", size / 1e9)
             self._write(step, contents)
             return
-        copies = tree_map(lambda leaf: _copy(leaf) if isinstance(leaf, torch.Tensor) else leaf, contents)
+        try:
+            copies = tree_map(lambda leaf: _copy(leaf) if isinstance(leaf, torch.Tensor) else leaf, contents)
+        except RuntimeError as error:  # of page-locked memory there may be less than of memory
+            logger.warning("no copy could be made (%s): training waits for the checkpoint's file", error)
+            self._write(step, contents)
+            return
         # A daemon: a second Ctrl-C leaves without it, and an unfinished file never gets its name.
         self._thread = threading.Thread(target=self._write, args=(step, copies), daemon=True, name="checkpoint")
         self._thread.start()
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is being written."""
+        return self._thread is None or not self._thread.is_alive()
 
     def wait(self) -> None:
         """Until what was begun is on the disk, or has failed."""
@@ -63,19 +75,42 @@ class Saver:
         try:
             write_checkpoint(path, tree_map(lambda x: x.wait() if isinstance(x, HostCopy) else x, contents))
         except Exception as error:  # in a thread it would be lost
-            self.failure = error
+            # A fresh one: the traceback of this one would keep the whole copy alive.
+            self.failure = RuntimeError(str(error))
+            if isinstance(error, OSError) and error.errno is not None:
+                self.failure = OSError(error.errno, error.strerror, str(path))
             reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
             logger.error(
                 "step %d: the checkpoint was not written (%s); training goes on, and tries again", step, reason
             )
             return
         self.failure = None
-        self._remove_old(step)
+        try:
+            self._remove_old(step)
+        except OSError as error:
+            logger.warning("an old checkpoint stays: %s", error)
 
     def _remove_old(self, newest: int) -> None:
         there = [step for step in checkpoint_steps(self.folder) if step <= newest]
         for step in set(there) - {self.resumed_from, *those_that_stay(there, self.limit, self.keep_every)}:
             checkpoint_path(self.folder, step).unlink(missing_ok=True)
+
+
+def require_saved(saver: Saver | None) -> None:
+    """Wait until the newest checkpoint is on the disk; what hindered it is an error now, on every process.
+
+    Args:
+        saver: of rank 0; the others have none.
+    """
+    failure = None
+    if saver is not None:
+        saver.wait()
+        failure = saver.failure
+    lost = from_main(failure is not None)
+    if failure is not None:
+        raise failure
+    if lost:
+        sys.exit(1)  # rank 0 says why
 
 
 def those_that_stay(steps: list[int], limit: int | None, keep_every: int | None) -> list[int]:

@@ -1,5 +1,6 @@
 """When a run stops before its end: a signal or --max-hours asks for it, and all processes stop after the same step."""
 
+import contextlib
 import os
 import signal
 import time
@@ -43,12 +44,15 @@ class Stopping:
             raise Interrupt(self.what_stays(), 130 if number == signal.SIGINT else REQUEUE)
         if self._heard is None:
             self._heard, self.cause = now, signal.Signals(number).name
-            os.write(2, f"\n{self.cause}: stopping after this step with a checkpoint; again to stop at once\n".encode())
+            with contextlib.suppress(OSError):  # Ctrl-C ends a `| tee`, too
+                stops = "stopping after this step, with a checkpoint; another one, later, stops at once"
+                os.write(2, f"\n{self.cause}: {stops}\n".encode())
 
-    def agreed(self) -> bool:
+    def agreed(self, *, now: bool = False) -> bool:
         """Whether all processes stop here; each asks after each step.
 
-        The processes' sum is begun now and read after the next step, so that no step waits for it.
+        The processes' sum is begun now and read after the next step, so that no step waits for it; with `now` it is
+        waited for.
         """
         if self.cause is None and self.ends is not None and time.monotonic() > self.ends:
             self.cause = f"--max-hours {self.max_hours:g}"
@@ -56,14 +60,18 @@ class Stopping:
             return self.cause is not None
         earlier, answers = self._asked, torch.tensor(float(self.cause is not None))
         self._asked = dist.all_reduce(answers, group=self._group, async_op=True), answers
-        if earlier is None:
-            return False
-        work, answers = earlier
-        work.wait()
-        return answers.item() > 0
+        return _says_so(earlier) or (now and _says_so(self._asked))
 
     def close(self) -> None:
         """Read the last question's answers; on all processes."""
-        if self._asked is not None:
-            self._asked[0].wait()
-            self._asked = None
+        _says_so(self._asked)
+        self._asked = None
+
+
+def _says_so(asked: tuple[dist.Work, torch.Tensor] | None) -> bool:
+    """Whether some process wants to stop, by the answers to a question; none was asked before the first step."""
+    if asked is None:
+        return False
+    work, answers = asked
+    work.wait()
+    return answers.item() > 0

@@ -83,10 +83,7 @@ class Window:
         row["data_wait_share"] = self.waited / self.seconds
 
         self._set_last(last)
-        for network, streak in zip(self._streaks, streaks, strict=True):
-            good = len(self._learned[network]) - round(streak / world_size())
-            self._learned[network] = self._learned[network][good:]
-        self.bad_steps = {network: list(steps) for network, steps in self._learned.items()}
+        self._set_bad_steps(streaks)
         self._reset()
         return row
 
@@ -95,13 +92,14 @@ class Window:
         then that of now."""
         if not self._sums:
             return {}
-        sums, counts, last, _ = self._over_processes()
+        sums, counts, last, streaks = self._over_processes()
         self._set_last(last)
+        self._set_bad_steps(streaks)
         means, first, groups = [[x / world_size() for x in values] for values in (sums, counts)], 0, []
         for names, (_, _, steps) in self._sums.items():
             mine = slice(first, first := first + len(names))
             groups.append([list(names), *(values[mine] for values in means), steps])
-        return {"groups": groups}
+        return {"groups": groups, "bad_steps": self.bad_steps}
 
     def load_state(self, state: dict) -> None:
         """Go on from a `state`, each process with the mean over those that it is of, so that the row's means are those
@@ -109,9 +107,18 @@ class Window:
         for names, *sums_and_counts, steps in state.get("groups", ()):
             sums, counts = (torch.tensor(values, device=self.device) for values in sums_and_counts)
             self._sums[tuple(names)] = sums, counts, steps
+        for network, steps in state.get("bad_steps", {}).items():
+            self._streaks[network] = torch.tensor(len(steps), device=self.device)
+            self._learned[network] = list(steps)
 
     def _set_last(self, values: list[float]) -> None:
         self.last = dict(zip(self._last[0], [value / world_size() for value in values], strict=True))
+
+    def _set_bad_steps(self, streaks: list[float]) -> None:
+        for network, streak in zip(self._streaks, streaks, strict=True):
+            good = len(self._learned[network]) - round(streak / world_size())
+            self._learned[network] = self._learned[network][good:]
+        self.bad_steps = {network: list(steps) for network, steps in self._learned.items()}
 
     def _over_processes(self) -> list[list[float]]:
         """Sums, counts, the last step's scalars and the streaks, each summed over processes, in one collective."""

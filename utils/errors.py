@@ -117,7 +117,8 @@ def _ended_in_one_line(main, argv):
         if reason is None:  # a fault of ours, for which a traceback helps
             raise
         _end_progress(error)
-        _say(f"stopped: {reason}")
+        if not getattr(error, "printed", False):
+            _say(f"stopped: {reason}")
         sys.exit(1)
 
 
@@ -184,7 +185,8 @@ def _end_progress(error: BaseException) -> None:
 def _say(message: str) -> None:
     rank = int(os.environ.get("RANK", 0))
     who = f" [rank {rank}]" if rank else ""
-    print(f"{Path(sys.argv[0]).name}{who}: {one_line(message)}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # Ctrl-C ends a `| tee`, too; the exit code says it then
+        print(f"{Path(sys.argv[0]).name}{who}: {one_line(message)}", file=sys.stderr)
 
 
 def _interrupt_behind(error: BaseException | None) -> KeyboardInterrupt | None:

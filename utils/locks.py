@@ -16,7 +16,7 @@ class JobLock:
 
     def __init__(self, path: Path):
         self.path = path
-        self._lock = FileLock(path, timeout=0)
+        self._lock = FileLock(path, timeout=0, fallback_to_soft=False)
 
     def acquire(self, refusal: str) -> None:
         """Take the lock; no effect where it is held already.
@@ -31,6 +31,11 @@ class JobLock:
             self._lock.acquire()
         except Timeout:
             raise InputError(refusal) from None
+        except OSError as error:
+            problem = f"{self.path} cannot be locked ({error.strerror or error})"
+            raise InputError(
+                f"{problem}; a file system with locks is needed, as one job must not meet another"
+            ) from None
 
     def require_free(self, refusal: str) -> None:
         """Refuse at once what `acquire` would refuse; where nobody holds the lock, nothing is made.

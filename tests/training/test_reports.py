@@ -2,6 +2,7 @@
 
 import errno
 import json
+import resource
 from argparse import Namespace
 
 import numpy as np
@@ -33,33 +34,39 @@ def test_rows_wait_for_room(reports, tmp_path, monkeypatch, caplog):
     assert "step 2: its row of metrics.jsonl waits (No space left on device); training goes on" in caplog.text
 
 
-def test_half_a_line_does_not_stay(reports, tmp_path, monkeypatch):
-    """As where the last block of a disk takes the beginning."""
+def test_half_a_line_does_not_stay(reports, tmp_path, caplog):
+    """As where the last block of a disk takes the beginning: here no file may grow beyond a few bytes more."""
     reports.row("metrics.jsonl", 1, {"loss": 1.0})
     whole = (tmp_path / "metrics.jsonl").read_bytes()
-    opened = type(tmp_path).open
-
-    class Half:
-        def __init__(self, file):
-            self.file = file
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.file.close()
-
-        def write(self, lines):
-            self.file.write(lines[: len(lines) // 2])
-            full()
-
-        def __getattr__(self, name):
-            return getattr(self.file, name)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(type(tmp_path), "open", lambda *words: Half(opened(*words)))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 10, limits[1]))
+    try:
         reports.row("metrics.jsonl", 2, {"loss": 2.0})
-    assert (tmp_path / "metrics.jsonl").read_bytes() == whole
+        assert (tmp_path / "metrics.jsonl").read_bytes() == whole
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    reports.row("metrics.jsonl", 3, {"loss": 3.0})
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3] and "File too large" in caplog.text
+
+
+class BadTracker:
+    def log(self, *_, **__):
+        raise RuntimeError("the server is gone")
+
+    log_images = log
+
+    def finish(self):
+        raise RuntimeError("the server is gone")
+
+
+def test_a_tracker_that_fails_costs_no_training(reports, tmp_path, caplog):
+    reports.trackers = [BadTracker()]
+    reports.row("metrics.jsonl", 1, {"loss": 1.0})
+    reports.pictures(1, {"samples": np.zeros((2, 2, 3), np.uint8)})
+    reports.close()
+    assert caplog.text.count("the server is gone") == 3 and (tmp_path / "samples" / "0000001-samples.png").is_file()
+    reports.trackers = []
 
 
 def test_a_picture_is_lost_and_said(reports, tmp_path, monkeypatch, caplog):

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import threading
 from collections import OrderedDict
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from tests.support import small
 from training import run_folder
 from training.saver import Saver
 from utils.checkpoint import write_checkpoint
-from utils.checkpoint_files import checkpoint_path, checkpoint_steps
+from utils.checkpoint_files import checkpoint_path, checkpoint_steps, find_damage
 from utils.locks import JobLock
 
 
@@ -128,11 +129,14 @@ def test_the_newest_stay(limit, keep_every, resumed, kept, tmp_path):
     assert checkpoint_steps(tmp_path) == kept
 
 
-def test_what_is_saved_is_what_was_when_it_was_asked_for(tmp_path):
+def test_what_is_saved_is_what_was_when_it_was_asked_for(tmp_path, monkeypatch):
     """The weights move on while the file is written."""
     weights, saver = torch.zeros(3), Saver(tmp_path, limit=None, keep_every=None, resumed_from=None)
+    changed, write = threading.Event(), saver._write
+    monkeypatch.setattr(saver, "_write", lambda *words, **named: (changed.wait(), write(*words, **named)))
     saver.save(1, {"model": OrderedDict(x=weights), "steps": 1})
     weights += 1
+    changed.set()
     saver.wait()
     saved = torch.load(checkpoint_path(tmp_path, 1))
     assert torch.equal(saved["model"]["x"], torch.zeros(3)) and saved["steps"] == 1
@@ -182,6 +186,35 @@ def test_a_second_job_leaves_the_first_ones_folder_alone(place, trained, tmp_pat
     lock.release()
     train_ldm_only.main(options(place, tmp_path, resume="latest"))
     assert not (trained / run_folder.LOCK).exists()
+
+
+def test_a_job_that_died_early_leaves_a_folder_that_can_be_taken(place, tmp_path):
+    """Before its args.json was whole; and while --overwrite was clearing an older run."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in (run_folder.LOCK, "args.json.tmp-77"):
+        (run / name).touch()
+    train_ldm_only.main(options(place, tmp_path, max_train_steps=1))
+    order = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda path, missing_ok=False: order.append(path.name))
+        patch.setattr(run_folder.shutil, "rmtree", lambda path: order.append(path.name))
+        run_folder.clear(run, "logs")
+    assert order[-1] == "args.json"
+
+
+def test_every_bit_of_a_checkpoint_is_looked_at(tmp_path):
+    """Where torch would not read it either, or zipfile raises errors of other kinds: it is damaged, and no traceback."""
+    path = tmp_path / "x.pt"
+    write_checkpoint(path, {"model": {"x": torch.arange(4.0)}, "args": {}})
+    whole = path.read_bytes()
+    assert find_damage(path) is None
+    for bit in range(0, 8 * len(whole), 97):
+        content = bytearray(whole)
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        if find_damage(path) is None:  # between the members, where nothing is
+            assert torch.equal(torch.load(path)["model"]["x"], torch.arange(4.0))
 
 
 def test_a_checkpoint_knows_what_made_it(trained):
