@@ -204,7 +204,7 @@ def test_a_job_that_died_early_leaves_a_folder_that_can_be_taken(place, tmp_path
 
 
 def test_every_bit_of_a_checkpoint_is_looked_at(tmp_path):
-    """Where torch would not read it either, or zipfile raises errors of other kinds: it is damaged, and no traceback."""
+    """Where torch would not read it, or zipfile raises errors of other kinds, it is damaged, and no traceback."""
     path = tmp_path / "x.pt"
     write_checkpoint(path, {"model": {"x": torch.arange(4.0)}, "args": {}})
     whole = path.read_bytes()
