@@ -27,7 +27,7 @@ from dataset.data import ImageData, LatentData, LatentsAndLabels
 from dataset.latents import difference, sample_mean_std
 from evaluation.online import online_evaluation
 from loss.alignment import alignment_loss
-from loss.velocity import velocity_loss
+from loss.velocity import direction_loss, velocity_loss
 from models.encoders import Encoder, encoders_by_shape, load_encoders, resize_tokens, resizing_notes
 from models.interpolant import Noising, interpolate
 from models.sit import SiT, build_sit
@@ -72,6 +72,7 @@ def train_step(
     noising: Noising,
     proj_coeff: float,
     ema_decay: float,
+    cosine_coeff: float = 0.0,
 ) -> dict[str, Tensor]:
     """One optimiser step of SiT over `micro_steps` batches; returns the scalars to log."""
     logs = {}
@@ -92,10 +93,14 @@ def train_step(
                 velocity, projections = nets.sit_ddp(x_t, t, labels, drop)
             denoising_loss = velocity_loss(velocity, velocity_target).mean()
             proj_loss = alignment_loss(projections, targets) if targets else denoising_loss.new_zeros(())
-            sit_loss = denoising_loss + proj_coeff * proj_loss
+            sit_loss, scalars = denoising_loss + proj_coeff * proj_loss, {}
+            if cosine_coeff > 0:
+                scalars["cosine_loss"] = direction_loss(velocity, velocity_target).mean()
+                sit_loss = sit_loss + cosine_coeff * scalars["cosine_loss"]
             optimizer.backward(sit_loss / micro_steps)
 
-        for name, value in dict(sit_loss=sit_loss, denoising_loss=denoising_loss, proj_loss=proj_loss).items():
+        scalars |= dict(sit_loss=sit_loss, denoising_loss=denoising_loss, proj_loss=proj_loss)
+        for name, value in scalars.items():
             logs[name] = logs.get(name, 0) + value.detach() / micro_steps
     logs["grad_norm_sit"] = optimizer.step()
 
@@ -154,6 +159,7 @@ def step_settings(args, *, micro_steps: int) -> dict:
         micro_steps=micro_steps,
         noising=Noising(args.path_type, args.weighting, args.cfg_prob),
         proj_coeff=args.proj_coeff,
+        cosine_coeff=args.cosine_coeff,
         ema_decay=args.ema_decay,
     )
 

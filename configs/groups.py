@@ -158,6 +158,9 @@ def add_sit_flags(parser):
     sit.add_argument("--path-type", default="linear", choices=["linear", "cosine"], help="data to noise")
     sit.add_argument("--prediction", default="v", choices=["v"], help="what SiT predicts: the velocity")
     sit.add_argument("--weighting", default="uniform", choices=["uniform", "lognormal"], help="how t is drawn")
+    sit.add_argument(
+        "--cosine-coeff", type=natural_float, default=0.0, help="weight of the velocity's direction loss; 0: off"
+    )
     return sit
 
 

@@ -86,6 +86,22 @@ def _load(path: Path, arch: str, wanted: str, flags: tuple[str, str], say: Say) 
     return load_folder(hub_folder(str(path), say), arch, wanted, say)
 
 
+def starting_vae(arch: str, path: str, *, say: Say) -> AutoencoderKL:
+    """The VAE that joint training starts from: of `load_vae`, or for `none` with fresh weights (REPA-E's table 8).
+
+    Raises:
+        InputError: as `load_vae`; one that cannot be trained; fresh weights of no named architecture.
+    """
+    if path.lower() == "none":
+        if arch == "auto":
+            raise InputError("--vae: auto was given; with --vae-ckpt none it must name an architecture")
+        say(f"--vae-ckpt none: the VAE ({arch}) starts from fresh weights")
+        return build_vae(arch)
+    vae = load_vae(arch, path, say=say)
+    require_trainable(vae)
+    return vae
+
+
 def vae_by_shape(
     arch: str, path: str | Path | None, *, flags: tuple[str, str] = ("--vae", "--vae-ckpt"), say: Say = log_line
 ) -> AutoencoderKL:

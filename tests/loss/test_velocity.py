@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from loss.velocity import velocity_loss
+from loss.velocity import direction_loss, velocity_loss
 from models.interpolant import interpolate
 from tests.support.golden_data import close, load
 
@@ -18,3 +18,40 @@ def test_velocity_loss_is_that_of_the_public_code(name, path):
     _, target = interpolate(x_0, noise, t.flatten(), path)
     velocity = torch.from_numpy(arrays[f"train.{path}.model_output"])
     close(velocity_loss(velocity, target), arrays[f"train.{path}.denoising_loss"], 1e-5, 1e-7)
+
+
+@pytest.mark.parametrize("variant", ["published", "uniform", "lognorm_mse"])
+def test_losses_are_those_of_lightningdit(variant):
+    """With time and velocity turned: their loss is the same number as ours."""
+    arrays, meta = load("options/ldit_loss")
+    data, noise = (torch.from_numpy(arrays[f"in.{key}"]) for key in ("data", "noise"))
+    theirs, pred = (torch.from_numpy(arrays[f"{variant}.{key}"]) for key in ("t", "pred"))
+    x_t, target = interpolate(data, noise, 1 - theirs, "linear")
+    close(x_t, arrays[f"{variant}.x_t"], 1e-5, 1e-7)
+    loss = velocity_loss(-pred, target)
+    close(loss, arrays[f"{variant}.loss"], 1e-5, 1e-7)
+    total = loss.mean()
+    if meta["variants"][variant]["use_cosine_loss"]:
+        direction = direction_loss(-pred, target)
+        close(direction, arrays[f"{variant}.cos_loss"], 1e-5, 1e-7)
+        total = total + direction.mean()
+    close(total, arrays[f"{variant}.total"], 1e-5, 1e-7)
+
+
+def test_time_target_and_velocity_of_lightningdit_are_ours_turned():
+    arrays, _ = load("options/ldit_loss")
+    data, noise, theirs = (torch.from_numpy(arrays[key]) for key in ("in.data", "in.noise", "conv.t"))
+    assert torch.equal(1 - theirs, torch.from_numpy(arrays["conv.ours.t"]))
+    x_t, target = interpolate(data, noise, 1 - theirs, "linear")
+    close(x_t, arrays["conv.x_t"], 1e-5, 1e-7)
+    close(target, arrays["conv.ours.target"], 1e-5, 1e-7)
+    close(-target, arrays["conv.target"], 1e-5, 1e-7)
+    close(-torch.from_numpy(arrays["conv.velocity"]), arrays["conv.ours.velocity"], 0)
+
+
+def test_directions_with_vectors_of_length_zero_are_those_of_lightningdit():
+    arrays, _ = load("options/ldit_loss")
+    pred, target = (torch.from_numpy(arrays[f"cos.{key}"]) for key in ("pred", "target"))
+    close(direction_loss(pred, target), arrays["cos.cos_loss"], 1e-5, 1e-7)
+    close(velocity_loss(pred, target), arrays["cos.loss"], 1e-5, 1e-7)
+    assert direction_loss(torch.zeros_like(pred), target).tolist() == pytest.approx([1, 1])
