@@ -29,7 +29,7 @@ from evaluation.online import online_evaluation
 from loss.alignment import alignment_loss
 from loss.velocity import direction_loss, velocity_loss
 from models.encoders import Encoder, encoders_by_shape, load_encoders, resize_tokens, resizing_notes
-from models.interpolant import Noising, interpolate
+from models.interpolant import Noising, interpolate, time_shift_notes
 from models.sit import SiT, build_sit
 from models.sit_files import load_sit
 from models.vae import latent_channels, latent_statistics, load_vae, vae_by_shape
@@ -157,7 +157,7 @@ def step_settings(args, *, micro_steps: int) -> dict:
     """The options that `train_step` takes."""
     return dict(
         micro_steps=micro_steps,
-        noising=Noising(args.path_type, args.weighting, args.cfg_prob),
+        noising=Noising(args.path_type, args.weighting, args.cfg_prob, args.time_shift),
         proj_coeff=args.proj_coeff,
         cosine_coeff=args.cosine_coeff,
         ema_decay=args.ema_decay,
@@ -226,7 +226,7 @@ def assemble(args, run: Run | PlannedRun, encoders, vae, latent_shape: tuple[int
         fused_attn=args.fused_attn,
     )
     sit.grad_checkpoint = "sit" in args.grad_checkpoint
-    run.notes += resizing_notes(encoders, sit.grid)
+    run.notes += resizing_notes(encoders, sit.grid) + time_shift_notes(args.time_shift, latent_shape)
     ema = copy.deepcopy(sit).eval().requires_grad_(False)
     return Networks(encoders=encoders, sit=sit, ema=ema, vae=vae, latent_shape=latent_shape)
 

@@ -34,7 +34,7 @@ from loss.vae import VAELoss
 from loss.velocity import direction_loss, velocity_loss
 from models.discriminator import PatchDiscriminator, load_discriminator, require_resolution
 from models.encoders import Encoder, encoders_by_shape, load_encoders, resize_tokens, resizing_notes
-from models.interpolant import Noising, interpolate
+from models.interpolant import Noising, interpolate, time_shift_notes
 from models.posterior import TrainableVAE, measure_latent_statistics, sample
 from models.sit import SiT, build_sit
 from models.sit_files import find_sit_state, load_sit, start_from
@@ -219,7 +219,7 @@ def step_settings(args, *, micro_steps: int) -> dict:
     """The options that `train_step` takes."""
     return dict(
         micro_steps=micro_steps,
-        noising=Noising(args.path_type, args.weighting, args.cfg_prob),
+        noising=Noising(args.path_type, args.weighting, args.cfg_prob, args.time_shift),
         proj_coeff=args.proj_coeff,
         vae_align_proj_coeff=args.vae_align_proj_coeff,
         cosine_coeff=args.cosine_coeff,
@@ -297,7 +297,7 @@ def assemble(args, run: Run | PlannedRun, encoders, vae, discriminator, vae_loss
         bn_momentum=args.bn_momentum,
         learn_pos_embed=True,
     )
-    run.notes += resizing_notes(encoders, sit.grid)
+    run.notes += resizing_notes(encoders, sit.grid) + time_shift_notes(args.time_shift, shape)
     sit.grad_checkpoint, trainable = "sit" in args.grad_checkpoint, TrainableVAE(vae)
     if "vae" in args.grad_checkpoint:
         trainable.checkpoint_activations()

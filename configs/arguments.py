@@ -29,6 +29,7 @@ from configs.parsing import (
     on_off,
     path,
     positive_int,
+    time_shift,
     unit_float,
 )
 from configs.presets import PRESETS
@@ -105,6 +106,9 @@ def generate_parser() -> ArgumentParser:
     sampler.add_argument("--mode", default="ode", choices=["ode", "sde"], help="Euler or Heun; or Euler-Maruyama")
     on_off(sampler, "--heun", False, "second-order steps (ode only)")
     sampler.add_argument("--num-steps", type=positive_int, default=50, help="steps of the sampler")
+    sampler.add_argument(
+        "--time-shift", type=time_shift, default=1.0, metavar="{S,auto}", help="times become S t / (1 + (S - 1) t)"
+    )
     sampler.add_argument("--path-type", default="linear", choices=["linear", "cosine"], help="as the model was trained")
     sampler.add_argument("--cfg-scale", type=guidance_float, default=1.5, help="classifier-free guidance; 1: off")
     sampler.add_argument("--guidance-low", type=unit_float, default=0.0, help="guidance only for t >= this")

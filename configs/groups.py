@@ -14,7 +14,9 @@ from configs.parsing import (
     positive_float,
     positive_int,
     some_of,
+    time_shift,
     unit_float,
+    weighting,
 )
 
 SIT_NAMES = [f"SiT-{size}/{patch}" for size in ("T", "S", "B", "L", "XL") for patch in (1, 2, 4, 8)]
@@ -157,7 +159,16 @@ def add_sit_flags(parser):
     sit.add_argument("--ema-decay", type=unit_float, default=0.9999, help="of SiT's EMA, which sampling uses")
     sit.add_argument("--path-type", default="linear", choices=["linear", "cosine"], help="data to noise")
     sit.add_argument("--prediction", default="v", choices=["v"], help="what SiT predicts: the velocity")
-    sit.add_argument("--weighting", default="uniform", choices=["uniform", "lognormal"], help="how t is drawn")
+    sit.add_argument(
+        "--weighting",
+        type=weighting,
+        default="uniform",
+        choices=["uniform", "lognormal"],
+        help="how t is drawn; logit-normal is another word for lognormal, and is stored as that",
+    )
+    sit.add_argument(
+        "--time-shift", type=time_shift, default=1.0, metavar="{S,auto}", help="t becomes S t / (1 + (S - 1) t)"
+    )
     sit.add_argument(
         "--cosine-coeff", type=natural_float, default=0.0, help="weight of the velocity's direction loss; 0: off"
     )

@@ -30,6 +30,7 @@ class SamplerConfig:
     mode: str = "ode"  # or "sde"
     heun: bool = False
     num_steps: int = 50
+    time_shift: float = 1.0  # of the grid of times
     path_type: str = "linear"
     guidance_scale: float = 1.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
@@ -76,6 +77,7 @@ def sample_latents(
 
     common = dict(
         num_steps=sampler.num_steps,
+        time_shift=sampler.time_shift,
         guidance_scale=sampler.guidance_scale,
         guidance_interval=sampler.guidance_interval,
         null_label=sit.null_label,

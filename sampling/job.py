@@ -17,6 +17,7 @@ from torch import Tensor
 from configs.arguments import generate_parser
 from configs.parsing import flag_of
 from dataset.classes import class_ranges
+from models.interpolant import resolve_time_shift, time_shift_notes
 from models.sit import SiT
 from models.vae_files import vae_sha256
 from sampling.generation import AUTOCAST, SamplerConfig, decode_latents, sample_latents, trajectory
@@ -158,10 +159,12 @@ def sampling_job(args: argparse.Namespace, trained: TrainedRun) -> SamplingJob:
     path_type = trained.args.get("path_type", args.path_type)
     if args.mode == "sde" and path_type != args.path_type:  # along the ODE the velocity alone counts
         raise InputError(f"--path-type: {args.path_type} was given; this model was trained with {path_type}")
+    latent_shape = trained.latent_shape
     sampler = SamplerConfig(
         mode=args.mode,
         heun=args.heun,
         num_steps=args.num_steps,
+        time_shift=resolve_time_shift(args.time_shift, latent_shape),
         path_type=path_type,
         guidance_scale=args.cfg_scale,
         guidance_interval=(args.guidance_low, args.guidance_high),
@@ -169,7 +172,8 @@ def sampling_job(args: argparse.Namespace, trained: TrainedRun) -> SamplingJob:
     )
     seen = seen_classes(trained.args, trained.sit.num_classes)
     labels = label_scheme(args, trained.sit.num_classes, seen=seen, null_label=trained.sit.null_label)
-    return SamplingJob(args, trained, sampler, labels, [*trained.notes, *_notes_on_classes(labels, seen, trained.sit)])
+    notes = [*trained.notes, *time_shift_notes(args.time_shift, latent_shape)]
+    return SamplingJob(args, trained, sampler, labels, [*notes, *_notes_on_classes(labels, seen, trained.sit)])
 
 
 def _notes_on_classes(labels: LabelScheme, seen: np.ndarray, sit: SiT) -> list[str]:
@@ -245,6 +249,7 @@ def output_name(args: argparse.Namespace, trained: TrainedRun) -> str:
 
 _SUFFIXES = {
     "num_steps": "steps{}",
+    "time_shift": "shift{}",
     "global_seed": "seed{}",
     "num_fid_samples": "n{}",
     "label_sampling": "{}",

@@ -9,22 +9,22 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from models.interpolant import score_from_velocity
+from models.interpolant import score_from_velocity, shift_time
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 SDE_LAST_TIME = 0.04  # the SDE's last noisy time; from there one noiseless step leads to t = 0 (SiT, appendix)
 
 
-def ode_times(num_steps: int) -> Tensor:
-    """(num_steps + 1,) float64 from 1 to 0."""
-    return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+def ode_times(num_steps: int, time_shift: float = 1.0) -> Tensor:
+    """(num_steps + 1,) float64 from 1 to 0, evenly spaced before they are shifted (`shift_time`)."""
+    return shift_time(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64), time_shift)
 
 
-def sde_times(num_steps: int) -> Tensor:
-    """(num_steps + 1,) float64 from 1 to 0.04, then 0."""
+def sde_times(num_steps: int, time_shift: float = 1.0) -> Tensor:
+    """(num_steps + 1,) float64 from 1 to 0.04, evenly spaced before they are shifted, then 0."""
     noisy = torch.linspace(1, SDE_LAST_TIME, num_steps, dtype=torch.float64)
-    return torch.cat([noisy, torch.zeros(1, dtype=torch.float64)])
+    return torch.cat([shift_time(noisy, time_shift), torch.zeros(1, dtype=torch.float64)])
 
 
 def euler(
@@ -36,6 +36,7 @@ def euler(
     guidance_scale: float = 1.0,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     null_label: int | None = None,
+    time_shift: float = 1.0,
 ) -> Tensor:
     """First-order ODE sampler.
 
@@ -48,13 +49,14 @@ def euler(
         guidance_scale: classifier-free guidance; 1 evaluates the conditional network alone.
         guidance_interval: (low, high): guidance only while low <= t <= high.
         null_label: the label of the unconditional network; needed for guidance.
+        time_shift: of the grid of times (`shift_time`); 1 leaves it even.
 
     Returns:
         x_0, float64 (B, C, H, W).
     """
     guided = _guided(velocity, labels, guidance_scale, guidance_interval, null_label)
     x = noise.double()
-    for t, t_next in _steps(ode_times(num_steps)):
+    for t, t_next in _steps(ode_times(num_steps, time_shift)):
         x = x + (t_next - t) * guided(x, t, t)
     return x
 
@@ -68,11 +70,12 @@ def heun(
     guidance_scale: float = 1.0,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     null_label: int | None = None,
+    time_shift: float = 1.0,
 ) -> Tensor:
     """Second-order ODE sampler (EDM, arXiv 2206.00364, algorithm 1); the last step is an Euler step. As `euler`."""
     guided = _guided(velocity, labels, guidance_scale, guidance_interval, null_label)
     x = noise.double()
-    for t, t_next in _steps(ode_times(num_steps)):
+    for t, t_next in _steps(ode_times(num_steps, time_shift)):
         slope = guided(x, t, t)
         predicted = x + (t_next - t) * slope
         if t_next > 0:
@@ -94,6 +97,7 @@ def euler_maruyama(
     guidance_scale: float = 1.0,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     null_label: int | None = None,
+    time_shift: float = 1.0,
 ) -> Tensor:
     """SDE sampler with diffusion w_t = 2 t (SiT, eq. 10); the last step, from t = 0.04, adds no noise. As `euler`, and
 
@@ -104,7 +108,7 @@ def euler_maruyama(
     """
     guided = _guided(velocity, labels, guidance_scale, guidance_interval, null_label)
     x = noise.double()
-    for i, (t, t_next) in enumerate(_steps(sde_times(num_steps))):
+    for i, (t, t_next) in enumerate(_steps(sde_times(num_steps, time_shift))):
         v = guided(x, t, t)
         diffusion = 2 * t
         t_like_x = torch.full((), t, dtype=x.dtype, device=x.device)  # made there: a copy would wait for the device

@@ -54,6 +54,12 @@ class TrainedRun:
         """Side of the images, in pixels."""
         return self.sit.grid * self.sit.patch_size * downsampling(self.vae)
 
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w)."""
+        side = self.sit.grid * self.sit.patch_size
+        return self.sit.in_channels, side, side
+
     def to(self, device: torch.device) -> None:
         self.sit.to(device)
         self.vae.to(device)

@@ -49,6 +49,29 @@ def test_time_grids_are_those_of_the_public_code():
         close(grid, ARRAYS[key], 1e-7)
 
 
+def test_shifted_time_grids_are_those_of_the_public_codes():
+    """LightningDiT's time is 1 - ours and counts points, not evaluations: its shift 0.3 is our 1 / 0.3."""
+    arrays, meta = load("options/ldit_sampler")
+    for case in meta["grids"]:
+        shift = case["timestep_shift"] or 1.0  # 0 is none
+        grid = 1 - ode_times(case["num_sampling_steps"] - 1, 1 / shift)
+        close(grid, arrays[case["name"]], 0, 5e-7, case["name"])
+    arrays, meta = load("options/timeshift")
+    for case in meta["grids"]:
+        if not case["name"].startswith("rae."):
+            close(ode_times(case["num_steps"], case["shift"]), arrays[case["name"]], 0, 5e-7, case["name"])
+    for tokens, steps in ((256, 4), (1024, 5), (4096, 8)):  # FLUX's shift: exp(mu), mu linear in the number of tokens
+        mu = 0.5 + (tokens - 256) / (4096 - 256) * (1.15 - 0.5)
+        close(ode_times(steps, math.exp(mu)), arrays[f"flux.seq{tokens}.steps{steps}"], 0, 5e-7)
+
+
+def test_a_shifted_sde_begins_and_ends_where_it_did():
+    for shift in (0.3, 1.0, 3.0):
+        times = sde_times(5, shift)
+        assert times[0] == 1 and times[-1] == 0 and (times.diff() < 0).all()
+        assert times[-2] == pytest.approx(shift * 0.04 / (1 + (shift - 1) * 0.04))
+
+
 def gaussian_velocity(x_t, t, labels):
     """The exact velocity of the linear path when the data are N(0, s^2): E[noise - x_0 | x_t]."""
     s2 = 0.25
@@ -57,11 +80,15 @@ def gaussian_velocity(x_t, t, labels):
     return (t - (1 - t) * s2) / variance * x_t
 
 
+@pytest.mark.parametrize("shift", [1.0, 2.0])
 @pytest.mark.parametrize(("sampler", "order"), [(euler, 1), (heun, 2)])
-def test_errors_shrink_with_the_samplers_order(sampler, order):
+def test_errors_shrink_with_the_samplers_order(sampler, order, shift):
     """The ODE maps N(0, 1) to N(0, s^2) linearly: x_0 = s x_1. Halving the step divides the error by 2^order."""
     noise, labels = torch.ones(1, 1, 1, 1), torch.zeros(1, dtype=torch.long)
-    errors = [abs(sampler(gaussian_velocity, noise, labels, num_steps=n).item() - 0.5) for n in (40, 80, 160)]
+    errors = [
+        abs(sampler(gaussian_velocity, noise, labels, num_steps=n, time_shift=shift).item() - 0.5)
+        for n in (40, 80, 160)
+    ]
     for coarse, fine in itertools.pairwise(errors):
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.25)
 
