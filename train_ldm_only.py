@@ -38,7 +38,7 @@ from sampling.generation import preview, preview_sampler
 from sampling.labels import seen_classes
 from training.classes import settle_classes
 from training.ema import update_ema
-from training.optimizer import Optimizer, adamw_settings, checkpoint_entries, restore
+from training.optimizer import Optimizer, adamw_settings, checkpoint_entries, restore, set_learning_rates
 from training.plan import PlannedRun, flops_for_mfu
 from training.run import Run
 from utils.counting import shapes_alone
@@ -150,7 +150,8 @@ def train(args, run: Run) -> None:
         preview=partial(previews, args, run, nets),
     )
     for step in steps:
-        run.log(step, train_step(run, nets, optimizer, loader, step, **settings))
+        rates = set_learning_rates([optimizer], step)
+        run.log(step, train_step(run, nets, optimizer, loader, step, **settings) | rates)
 
 
 def step_settings(args, *, micro_steps: int) -> dict:

@@ -46,7 +46,7 @@ from sampling.labels import seen_classes
 from training.classes import settle_classes
 from training.ema import update_ema
 from training.health import LatentSpread
-from training.optimizer import Optimizer, adamw_settings, checkpoint_entries, restore
+from training.optimizer import Optimizer, adamw_settings, checkpoint_entries, restore, set_learning_rates
 from training.plan import PlannedRun, flops_for_mfu
 from training.run import Run
 from utils.counting import shapes_alone
@@ -212,7 +212,8 @@ def train(args, run: Run) -> None:
         preview=partial(previews, args, run, nets, data),
     )
     for step in steps:
-        run.log(step, train_step(run, nets, optimizers, loader, step, **settings) | spread.scalars())
+        rates = set_learning_rates(vars(optimizers).values(), step)
+        run.log(step, train_step(run, nets, optimizers, loader, step, **settings) | spread.scalars() | rates)
 
 
 def step_settings(args, *, micro_steps: int) -> dict:

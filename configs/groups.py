@@ -102,7 +102,8 @@ def add_training_flags(parser, *, networks: tuple[str, ...], learning_rate: bool
     train.add_argument("--batch-size", type=positive_int, default=256, help="images of a (micro-)step, all processes")
     train.add_argument("--gradient-accumulation-steps", type=positive_int, default=1, help="micro-steps of a step")
     if learning_rate:
-        train.add_argument("--learning-rate", type=natural_float, default=1e-4, help="AdamW's, constant")
+        train.add_argument("--learning-rate", type=natural_float, default=1e-4, help="of SiT's AdamW")
+    _add_schedule_flags(train)
     train.add_argument("--adam-beta1", type=unit_float, default=0.9, help="AdamW's beta 1")
     train.add_argument("--adam-beta2", type=unit_float, default=0.999, help="AdamW's beta 2")
     train.add_argument("--adam-weight-decay", type=natural_float, default=0.0, help="AdamW's weight decay")
@@ -126,6 +127,25 @@ def add_training_flags(parser, *, networks: tuple[str, ...], learning_rate: bool
     )
     on_off(train, "--deterministic", False, "bit-reproducible CUDA kernels, at some speed")
     train.add_argument("--seed", type=natural_int, default=0, help="of every random draw")
+
+
+def _add_schedule_flags(train) -> None:
+    """How the learning rates of all optimisers move, each as a share of its own."""
+    train.add_argument(
+        "--warmup-steps", type=natural_int, default=0, help="steps in which every learning rate rises to its value"
+    )
+    train.add_argument(
+        "--lr-schedule",
+        default="constant",
+        choices=["constant", "linear", "cosine"],
+        help="how every learning rate falls then, until --max-train-steps",
+    )
+    train.add_argument(
+        "--lr-final", type=unit_float, default=0.0, help="what is left of every learning rate at the end, as a share"
+    )
+    train.add_argument(
+        "--lr-decay-start", type=natural_int, help="step at which the rates begin to fall (default: after the warm-up)"
+    )
 
 
 def add_data_flags(parser, *, labels: bool = True) -> None:

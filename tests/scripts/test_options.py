@@ -1,14 +1,19 @@
 """Runs with the options of docs/options.md, as wholes: they learn, and go on bit for bit where they were stopped."""
 
+import shutil
+
 import pytest
 
 import train_ldm_only
 import train_repae
+import train_vae
 from tests.support import sampling, small
 
-SCRIPTS = {"train_repae": train_repae, "train_ldm_only": train_ldm_only}
+SCRIPTS = {"train_repae": train_repae, "train_ldm_only": train_ldm_only, "train_vae": train_vae}
+RATES = dict(warmup_steps=2, lr_schedule="cosine", lr_final=0.1)
 # All that goes together.
-EVERY = dict(cosine_coeff=0.5, weighting="logit-normal", time_shift="auto")
+OF_SIT = dict(cosine_coeff=0.5, weighting="logit-normal", time_shift="auto")
+EVERY = {"train_repae": OF_SIT | RATES, "train_ldm_only": OF_SIT | RATES, "train_vae": RATES}
 
 
 def train(script, place, output, name="run", **options):
@@ -18,14 +23,20 @@ def train(script, place, output, name="run", **options):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_run_with_every_option_resumes(script, place, tmp_path):
-    train(script, place, tmp_path, "whole", **EVERY)
-    train(script, place, tmp_path, **EVERY | dict(max_train_steps=2))
-    train(script, place, tmp_path, **EVERY, resume="latest")
+    """From step 2, as after a crash: the schedule is that of a run of 4 steps."""
+    whole = train(script, place, tmp_path, "whole", **EVERY[script])
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "0000004.pt").unlink()
+    train(script, place, tmp_path, **EVERY[script], resume="latest")
     small.assert_same_training(tmp_path, "run", (tmp_path, "whole"))
-    assert (tmp_path / "whole" / "log.txt").read_text().count("--time-shift auto: 0.1875, by latents of 4 x 6 x 6") == 1
-    for row in small.metrics(tmp_path, "whole"):
-        terms = row["denoising_loss"] + 0.5 * row["proj_loss"] + 0.5 * row["cosine_loss"]
-        assert row["sit_loss"] == pytest.approx(terms, rel=1e-5) and row["cosine_loss"] > 0
+
+    rows = small.metrics(tmp_path, "whole")
+    assert [row["lr"] for row in rows] == pytest.approx([0.5e-4, 1e-4, 1e-4, 0.55e-4])
+    if script != "train_vae":
+        for row in rows:
+            terms = row["denoising_loss"] + 0.5 * row["proj_loss"] + 0.5 * row["cosine_loss"]
+            assert row["sit_loss"] == pytest.approx(terms, rel=1e-5) and row["cosine_loss"] > 0
+        assert (whole / "log.txt").read_text().count("--time-shift auto: 0.1875, by latents of 4 x 6 x 6") == 1
 
 
 def test_samples_along_shifted_times(exps, tmp_path):
