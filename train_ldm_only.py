@@ -12,6 +12,7 @@ if __name__ == "__main__":  # --help, a mistyped flag and missing files are answ
     ldm_only_parser().answer_before_imports(check=require_start)
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -73,14 +74,16 @@ def train_step(
     proj_coeff: float,
     ema_decay: float,
     cosine_coeff: float = 0.0,
+    proj_until: float = math.inf,
 ) -> dict[str, Tensor]:
     """One optimiser step of SiT over `micro_steps` batches; returns the scalars to log."""
     logs = {}
+    encoders = nets.encoders if step < proj_until else []
     for micro_step in range(micro_steps):
         # mean_std (B, 2C, h, w); images uint8 (B, 3, H, W) if there is an encoder to look at them; labels (B,)
         mean_std, *images, labels = next(data)
         with run.autocast():
-            targets = [resize_tokens(encoder(*images), nets.sit.grid) for encoder in nets.encoders]  # (B, N, F)
+            targets = [resize_tokens(encoder(*images), nets.sit.grid) for encoder in encoders]  # (B, N, F)
         posterior_eps, noise, t, drop = noising.draw(run.draws(step, micro_step), nets.latent_shape)
 
         # SiT, as in step 3 of REPA-E, on cached latents.
@@ -92,7 +95,7 @@ def train_step(
             with run.autocast():
                 velocity, projections = nets.sit_ddp(x_t, t, labels, drop)
             denoising_loss = velocity_loss(velocity, velocity_target).mean()
-            proj_loss = alignment_loss(projections, targets) if targets else denoising_loss.new_zeros(())
+            proj_loss = alignment_loss(projections, targets) if targets else no_alignment(nets.sit)
             sit_loss, scalars = denoising_loss + proj_coeff * proj_loss, {}
             if cosine_coeff > 0:
                 scalars["cosine_loss"] = direction_loss(velocity, velocity_target).mean()
@@ -107,6 +110,13 @@ def train_step(
     # EMA of SiT's parameters.
     update_ema(nets.ema, nets.sit, ema_decay)
     return logs
+
+
+def no_alignment(sit: SiT) -> Tensor:
+    """A loss of 0 of which projectors, where there are some, are a part: otherwise their gradients would be waited for
+    when processes average theirs."""
+    projectors = (0 * parameter.sum() for parameter in sit.projectors.parameters())
+    return sum(projectors, sit.pos_embed.new_zeros(()))
 
 
 @command
@@ -161,6 +171,7 @@ def step_settings(args, *, micro_steps: int) -> dict:
         noising=Noising(args.path_type, args.weighting, args.cfg_prob, args.time_shift),
         proj_coeff=args.proj_coeff,
         cosine_coeff=args.cosine_coeff,
+        proj_until=math.inf if args.proj_until is None else args.proj_until,
         ema_decay=args.ema_decay,
     )
 
@@ -177,6 +188,9 @@ def planned(args) -> PlannedRun:
         run.to_device(nets.sit, nets.ema, nets.vae, *nets.encoders)
         nets.sit_ddp, (channels, *sides) = nets.sit, nets.latent_shape
         optimizer, settings = build_optimizer(args, run, nets, None), step_settings(args, micro_steps=run.micro_steps)
+        if args.proj_until is not None:
+            run.notes.append(f"--proj-until {args.proj_until}: every step is counted as one with alignment")
+            settings["proj_until"] = math.inf
         images, labels = run.images()
         batch = torch.empty(run.share, 2 * channels, *sides), *([images] if encoders else []), labels
         step = partial(train_step, run, nets, optimizer, repeat(batch), **settings)
@@ -216,6 +230,8 @@ def assemble(args, run: Run | PlannedRun, encoders, vae, latent_shape: tuple[int
     """The networks of a run around these, with a fresh SiT."""
     if not encoders and args.proj_coeff > 0:
         raise InputError(f"--enc-type None was given; --proj-coeff 0 goes with it, not {args.proj_coeff}")
+    if not encoders and args.proj_until is not None:
+        raise InputError("--proj-until goes with an encoder; --enc-type None was given")
     sit = build_sit(
         args.model,
         latent_shape,

@@ -29,6 +29,7 @@ from configs.parsing import (
     on_off,
     path,
     positive_int,
+    refused,
     time_shift,
     unit_float,
 )
@@ -46,6 +47,8 @@ def repae_parser() -> ArgumentParser:
     )
     align = add_alignment_flags(parser)
     align.add_argument("--vae-align-proj-coeff", type=natural_float, default=1.5, help="weight of VAE's alignment loss")
+    reason = "here the VAE learns by the alignment to the end; train_ldm_only.py has this flag"
+    align.add_argument("--proj-until", type=refused(reason), metavar="STEP", help=f"refused: {reason}")
     on_off(align, "--stop-grad", True, "keep the diffusion loss out of the VAE; without it the latents collapse")
     add_vae_flags(parser, default="f8d4", ckpt="pretrained/sdvae-f8d4/sdvae-f8d4.pt", fresh=True)
     loss = add_vae_loss_flags(parser, "--vae-learning-rate")
@@ -62,7 +65,8 @@ def ldm_only_parser() -> ArgumentParser:
     add_unused_flags(add_run_flags(parser))
     add_data_flags(parser)
     add_sit_flags(parser)
-    add_alignment_flags(parser)
+    align = add_alignment_flags(parser)
+    align.add_argument("--proj-until", type=positive_int, metavar="STEP", help="no alignment after so many steps")
     vae = add_vae_flags(parser, default="f16d32", ckpt="pretrained/e2e-vavae-400k/e2e-vavae-400k.pt")
     vae.add_argument("--vae-latents-name", default="e2e-vavae-400k", help="latents cached by cache_latents.py")
     add_online_evaluation_flags(parser)

@@ -95,6 +95,15 @@ def weighting(text: str) -> str:
     return "lognormal" if text == "logit-normal" else text
 
 
+def refused(reason: str) -> Callable[[str], None]:
+    """Of a flag that another script has, and that cannot be meant here."""
+
+    def refuse(text: str) -> None:
+        raise argparse.ArgumentTypeError(f"{text!r} was given; {reason}")
+
+    return refuse
+
+
 def grid_shape(text: str) -> tuple[int, int]:
     rows, _, columns = text.partition("x")
     if not (rows.isdigit() and columns.isdigit() and int(rows) and int(columns)):

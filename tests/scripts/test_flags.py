@@ -22,7 +22,7 @@ from tests.support.evaluation_data import TinyInception
 MODULES = (train_repae, train_ldm_only, train_vae, cache_latents, save_vae_weights, generate, evaluate, preprocessing)
 MAIN = {f"{module.__name__}.py": module.main for module in MODULES}
 PUBLIC = {"prediction": "has one choice, v", "wandb_history_path": "is unused in the public code too"}
-UNREAD = {"train_repae.py": PUBLIC, "train_ldm_only.py": PUBLIC}
+UNREAD = {"train_repae.py": PUBLIC | {"proj_until": "is refused"}, "train_ldm_only.py": PUBLIC}
 # They compare flags with their defaults, to refuse those that the others leave without a meaning: not a use of them.
 REFUSALS = ("check_flags", "check_evaluation_flags", "check_sampling_flags")
 

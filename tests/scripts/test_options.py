@@ -3,10 +3,12 @@
 import shutil
 
 import pytest
+import torch
 
 import train_ldm_only
 import train_repae
 import train_vae
+from models.encoders import Encoder
 from tests.support import sampling, small
 
 SCRIPTS = {"train_repae": train_repae, "train_ldm_only": train_ldm_only, "train_vae": train_vae}
@@ -37,6 +39,29 @@ def test_a_run_with_every_option_resumes(script, place, tmp_path):
             terms = row["denoising_loss"] + 0.5 * row["proj_loss"] + 0.5 * row["cosine_loss"]
             assert row["sit_loss"] == pytest.approx(terms, rel=1e-5) and row["cosine_loss"] > 0
         assert (whole / "log.txt").read_text().count("--time-shift auto: 0.1875, by latents of 4 x 6 x 6") == 1
+
+
+def test_alignment_ends_where_proj_until_says(place, tmp_path, capsys, monkeypatch):
+    """The encoder rests from then on, and no gradient comes from it: the trunk is that of a run with coefficient 0."""
+    seen, forward = [], Encoder.forward
+    monkeypatch.setattr(Encoder, "forward", lambda encoder, images: (seen.append(1), forward(encoder, images))[1])
+    train("train_ldm_only", place, tmp_path, proj_until=2)
+    rows = small.metrics(tmp_path, "run")
+    assert len(seen) == 2 and [row["proj_loss"] == 0 for row in rows] == [False, False, True, True]
+    assert all(row["sit_loss"] == row["denoising_loss"] for row in rows[2:])
+    train("train_ldm_only", place, tmp_path, "on", proj_coeff=0, resume_step=2, continue_train_exp_dir=tmp_path / "run")
+    ended, without = (small.checkpoint(tmp_path, name, 4)["model"] for name in ("run", "on"))
+    for key in ended:
+        assert key.startswith("projectors.") or torch.equal(ended[key], without[key]), key
+
+    for script, options, said in (
+        ("train_repae", dict(proj_until=2), "here the VAE learns by the alignment to the end"),
+        ("train_ldm_only", dict(proj_until=2, enc_type="None", proj_coeff=0), "--proj-until goes with an encoder"),
+    ):
+        capsys.readouterr()
+        with pytest.raises(SystemExit, match="2"):
+            train(script, place, tmp_path, "refused", **options)
+        assert said in capsys.readouterr().err
 
 
 def test_samples_along_shifted_times(exps, tmp_path):
