@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from dataset.data import ImageData, LatentData, LatentsAndLabels
 from dataset.latents import difference, sample_mean_std
 from evaluation.online import online_evaluation
-from loss.alignment import alignment_loss
+from loss.alignment import alignment_loss, normalize_spatially
 from loss.velocity import direction_loss, velocity_loss
 from models.encoders import Encoder, encoders_by_shape, load_encoders, resize_tokens, resizing_notes
 from models.interpolant import Noising, interpolate, time_shift_notes
@@ -74,6 +74,7 @@ def train_step(
     proj_coeff: float,
     ema_decay: float,
     cosine_coeff: float = 0.0,
+    spatial_norm: float | None = None,
     proj_until: float = math.inf,
 ) -> dict[str, Tensor]:
     """One optimiser step of SiT over `micro_steps` batches; returns the scalars to log."""
@@ -84,6 +85,8 @@ def train_step(
         mean_std, *images, labels = next(data)
         with run.autocast():
             targets = [resize_tokens(encoder(*images), nets.sit.grid) for encoder in encoders]  # (B, N, F)
+        if spatial_norm is not None:
+            targets = [normalize_spatially(tokens, spatial_norm) for tokens in targets]
         posterior_eps, noise, t, drop = noising.draw(run.draws(step, micro_step), nets.latent_shape)
 
         # SiT, as in step 3 of REPA-E, on cached latents.
@@ -171,6 +174,7 @@ def step_settings(args, *, micro_steps: int) -> dict:
         noising=Noising(args.path_type, args.weighting, args.cfg_prob, args.time_shift),
         proj_coeff=args.proj_coeff,
         cosine_coeff=args.cosine_coeff,
+        spatial_norm=args.spatial_norm,
         proj_until=math.inf if args.proj_until is None else args.proj_until,
         ema_decay=args.ema_decay,
     )
@@ -230,8 +234,10 @@ def assemble(args, run: Run | PlannedRun, encoders, vae, latent_shape: tuple[int
     """The networks of a run around these, with a fresh SiT."""
     if not encoders and args.proj_coeff > 0:
         raise InputError(f"--enc-type None was given; --proj-coeff 0 goes with it, not {args.proj_coeff}")
-    if not encoders and args.proj_until is not None:
-        raise InputError("--proj-until goes with an encoder; --enc-type None was given")
+    of_encoder = {"--proj-until": args.proj_until, "--spatial-norm": args.spatial_norm}
+    for flag, value in of_encoder.items():
+        if not encoders and value is not None:
+            raise InputError(f"{flag}: {value} was given; it goes with an encoder, and --enc-type is None")
     sit = build_sit(
         args.model,
         latent_shape,
@@ -239,6 +245,7 @@ def assemble(args, run: Run | PlannedRun, encoders, vae, latent_shape: tuple[int
         num_classes=args.num_classes,
         class_dropout_prob=args.cfg_prob,
         z_dims=[encoder.embed_dim for encoder in encoders],
+        projector=args.projector,
         qk_norm=args.qk_norm,
         fused_attn=args.fused_attn,
     )

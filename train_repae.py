@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from dataset.data import ImageData, evenly_spaced
 from evaluation.online import online_evaluation
 from loss.adversarial import DiscriminatorLoss
-from loss.alignment import alignment_loss
+from loss.alignment import alignment_loss, normalize_spatially
 from loss.config import read_loss_config
 from loss.perceptual import load_lpips, lpips_by_shape
 from loss.vae import VAELoss
@@ -90,6 +90,7 @@ def train_step(
     vae_align_proj_coeff: float,
     ema_decay: float,
     cosine_coeff: float = 0.0,
+    spatial_norm: float | None = None,
     stop_grad: bool = True,
     vae_every: int = 1,
 ) -> dict[str, Tensor]:
@@ -105,6 +106,8 @@ def train_step(
         pixels = to_signed(images)
         with run.autocast():
             targets = [resize_tokens(encoder(images), nets.sit.grid) for encoder in nets.encoders]  # (B, N, F)
+        if spatial_norm is not None:
+            targets = [normalize_spatially(tokens, spatial_norm) for tokens in targets]
         posterior_eps, noise, t, drop = noising.draw(run.draws(step, micro_step), nets.latent_shape)
 
         with run.synchronised(nets.vae_ddp, nets.discriminator_ddp, nets.sit_ddp, when=last):
@@ -224,6 +227,7 @@ def step_settings(args, *, micro_steps: int) -> dict:
         proj_coeff=args.proj_coeff,
         vae_align_proj_coeff=args.vae_align_proj_coeff,
         cosine_coeff=args.cosine_coeff,
+        spatial_norm=args.spatial_norm,
         ema_decay=args.ema_decay,
         stop_grad=args.stop_grad,
         vae_every=args.vae_every,
@@ -293,6 +297,7 @@ def assemble(args, run: Run | PlannedRun, encoders, vae, discriminator, vae_loss
         num_classes=args.num_classes,
         class_dropout_prob=args.cfg_prob,
         z_dims=[encoder.embed_dim for encoder in encoders],
+        projector=args.projector,
         qk_norm=args.qk_norm,
         fused_attn=args.fused_attn,
         bn_momentum=args.bn_momentum,

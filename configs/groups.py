@@ -203,6 +203,12 @@ def add_alignment_flags(parser):
     )
     align.add_argument("--enc-ckpt", type=paths, help="weights file of the encoder (comma list for several)")
     align.add_argument("--proj-coeff", type=natural_float, default=0.5, help="weight of SiT's alignment loss")
+    align.add_argument(
+        "--projector", default="mlp", choices=["mlp", "conv1", "conv3"], help="from SiT's tokens to the encoder's"
+    )
+    align.add_argument(
+        "--spatial-norm", type=unit_float, metavar="ALPHA", help="normalise the encoder's tokens over space (iREPA)"
+    )
     return align
 
 

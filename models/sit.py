@@ -15,6 +15,7 @@ from timm.models.vision_transformer import Attention, Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.projectors import build_projector
 from utils.distributed import all_sum, world_size
 from utils.errors import InputError
 from utils.modules import compile_forward
@@ -45,7 +46,8 @@ class SiT(nn.Module):
             caller's: see `drop` of `forward`.
         num_classes: labels lie in [0, num_classes).
         z_dims: width F of each encoder to align with; one projector each.
-        projector_dim: hidden width of the projectors.
+        projector_dim: hidden width of the projectors that have one, "mlp".
+        projector: their kind, as `models.projectors` knows them.
         bn_momentum: of the running statistics of the latents' normaliser.
         qk_norm: LayerNorm on queries and keys of each head.
         fused_attn: torch's scaled_dot_product_attention instead of explicit softmax.
@@ -79,6 +81,7 @@ class SiT(nn.Module):
         fused_attn: bool = True,
         learn_pos_embed: bool = False,
         decoder_hidden_size: int | None = None,
+        projector: str = "mlp",
     ):
         super().__init__()
         if input_size % patch_size:
@@ -102,7 +105,9 @@ class SiT(nn.Module):
         self.blocks = nn.ModuleList(
             SiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm=qk_norm, fused_attn=fused_attn) for _ in range(depth)
         )
-        self.projectors = nn.ModuleList(projector(hidden_size, projector_dim, width) for width in z_dims)
+        self.projectors = nn.ModuleList(
+            build_projector(projector, hidden_size, projector_dim, width, self.grid) for width in z_dims
+        )
         self.final_layer = FinalLayer(hidden_size, patch_size, in_channels)
 
         # REPA-E's normaliser of the latents. It stands outside `forward`: see `normalize`.
@@ -266,17 +271,6 @@ class LabelEmbedder(nn.Module):
 
     def forward(self, labels: Tensor) -> Tensor:
         return self.embedding_table(labels)
-
-
-def projector(hidden_size: int, projector_dim: int, width: int) -> nn.Sequential:
-    """REPA's projection head: three linear layers with SiLU between, D -> F."""
-    return nn.Sequential(
-        nn.Linear(hidden_size, projector_dim),
-        nn.SiLU(),
-        nn.Linear(projector_dim, projector_dim),
-        nn.SiLU(),
-        nn.Linear(projector_dim, width),
-    )
 
 
 class LatentNorm(nn.BatchNorm2d):

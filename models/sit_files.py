@@ -36,7 +36,7 @@ _AXES = {
     "bn.running_mean": 1,
     "bn.running_var": 1,
 }
-_AXES_OF_PROJECTORS = {"0.weight": 2, "4.weight": 2}  # projectors.<number>.<name>
+_AXES_OF_PROJECTORS = {"0.weight": 2, "4.weight": 2, "projection_layer.weight": 4}  # projectors.<number>.<name>
 
 
 def find_sit_state(contents: Mapping, path: str | Path, *, ema: bool = True) -> tuple[dict[str, Tensor], list[str]]:
@@ -159,8 +159,6 @@ def config_of_state_dict(
     # A null row, if there is one, comes after the rows of the classes.
     rows = state[TABLE].shape[0]
     has_null = num_classes is None or rows == num_classes + 1
-    projectors = sorted({int(key.split(".")[1]) for key in state if key.startswith("projectors.")})
-
     return dict(
         input_size=math.isqrt(state["pos_embed"].shape[1]) * patch,
         patch_size=patch,
@@ -172,10 +170,19 @@ def config_of_state_dict(
         mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / hidden,
         class_dropout_prob=0.1 if has_null else 0.0,
         num_classes=rows - has_null,
-        z_dims=[state[f"projectors.{i}.4.weight"].shape[0] for i in projectors],
-        projector_dim=state["projectors.0.0.weight"].shape[0] if projectors else 2048,
         qk_norm=qk_norm,
+        **_projectors_of(state),
     )
+
+
+def _projectors_of(state: Mapping[str, Tensor]) -> dict:
+    """The arguments of `SiT` that its projectors show: how many, their kind and widths."""
+    numbers = sorted({int(key.split(".")[1]) for key in state if key.startswith("projectors.")})
+    if "projectors.0.projection_layer.weight" in state:
+        widths = [state[f"projectors.{i}.projection_layer.weight"].shape[0] for i in numbers]
+        return dict(z_dims=widths, projector=f"conv{state['projectors.0.projection_layer.weight'].shape[2]}")
+    widths = [state[f"projectors.{i}.4.weight"].shape[0] for i in numbers]
+    return dict(z_dims=widths, projector_dim=state["projectors.0.0.weight"].shape[0] if numbers else 2048)
 
 
 def latent_stats_of(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -232,7 +239,9 @@ def start_from(sit: SiT, state: Mapping[str, Tensor], path: str | Path) -> list[
     state = {key: value for key, value in state.items() if not key.startswith("bn.")}  # the VAE's statistics count
     theirs, ours = ({key: x[key].shape for key in x if key.startswith("projectors.")} for x in (state, own))
     if theirs != ours:
-        notes.append(f"--sit-ckpt: the projectors of {path} are for other encoders: this run's start fresh")
+        notes.append(
+            f"--sit-ckpt: the projectors of {path} are for other encoders, or of another kind: this run's start fresh"
+        )
         state = {key: value for key, value in state.items() if not key.startswith("projectors.")}
     kept = {key: own[key] for key in own if key.startswith(("bn.", "projectors.")) and key not in state}
     return notes + load_sit(sit, {**kept, **state}, str(path))

@@ -9,12 +9,13 @@ import train_ldm_only
 import train_repae
 import train_vae
 from models.encoders import Encoder
+from sampling.trained import load_trained
 from tests.support import sampling, small
 
 SCRIPTS = {"train_repae": train_repae, "train_ldm_only": train_ldm_only, "train_vae": train_vae}
 RATES = dict(warmup_steps=2, lr_schedule="cosine", lr_final=0.1)
 # All that goes together.
-OF_SIT = dict(cosine_coeff=0.5, weighting="logit-normal", time_shift="auto")
+OF_SIT = dict(cosine_coeff=0.5, weighting="logit-normal", time_shift="auto", projector="conv3", spatial_norm=0.6)
 EVERY = {"train_repae": OF_SIT | RATES, "train_ldm_only": OF_SIT | RATES, "train_vae": RATES}
 
 
@@ -38,6 +39,7 @@ def test_a_run_with_every_option_resumes(script, place, tmp_path):
         for row in rows:
             terms = row["denoising_loss"] + 0.5 * row["proj_loss"] + 0.5 * row["cosine_loss"]
             assert row["sit_loss"] == pytest.approx(terms, rel=1e-5) and row["cosine_loss"] > 0
+        assert load_trained(whole).sit.projectors[0].projection_layer.kernel_size == (3, 3)
         assert (whole / "log.txt").read_text().count("--time-shift auto: 0.1875, by latents of 4 x 6 x 6") == 1
 
 
@@ -56,7 +58,11 @@ def test_alignment_ends_where_proj_until_says(place, tmp_path, capsys, monkeypat
 
     for script, options, said in (
         ("train_repae", dict(proj_until=2), "here the VAE learns by the alignment to the end"),
-        ("train_ldm_only", dict(proj_until=2, enc_type="None", proj_coeff=0), "--proj-until goes with an encoder"),
+        (
+            "train_ldm_only",
+            dict(proj_until=2, enc_type="None", proj_coeff=0),
+            "--proj-until: 2 was given; it goes with an encoder",
+        ),
     ):
         capsys.readouterr()
         with pytest.raises(SystemExit, match="2"):
