@@ -114,7 +114,16 @@ def generate_parser() -> ArgumentParser:
         "--time-shift", type=time_shift, default=1.0, metavar="{S,auto}", help="times become S t / (1 + (S - 1) t)"
     )
     sampler.add_argument("--path-type", default="linear", choices=["linear", "cosine"], help="as the model was trained")
-    sampler.add_argument("--cfg-scale", type=guidance_float, default=1.5, help="classifier-free guidance; 1: off")
+    sampler.add_argument(
+        "--cfg-scale", type=guidance_float, default=1.5, help="of guidance, which is classifier-free; 1: off"
+    )
+    sampler.add_argument(
+        "--guidance-channels", type=positive_int, metavar="C", help="guide so many of the first channels (default: all)"
+    )
+    sampler.add_argument(
+        "--guide-exp-path", type=path, help="autoguidance: a weaker run of the same latents, in place of the null label"
+    )
+    sampler.add_argument("--guide-train-steps", help="which of its checkpoints (default: the latest)")
     sampler.add_argument("--guidance-low", type=unit_float, default=0.0, help="guidance only for t >= this")
     sampler.add_argument("--guidance-high", type=unit_float, default=1.0, help="guidance only for t <= this")
 

@@ -63,7 +63,7 @@ def command_lines(script: str, place, exps, output) -> list[list[str]]:
     images = dict(reconstruct=True, vae_ckpt=place.vae, data_dir=place.data)
     for i in range(2):
         Image.fromarray(np.full((30, 40, 3), 40 * i, np.uint8)).save(output / f"{i}.png")
-    samples = dict(num_fid_samples=8, evaluate=place.data, overwrite=True)
+    samples = dict(num_fid_samples=8, evaluate=place.data, overwrite=True, guide_exp_path=exps / "swapped")
     sets = dict(samples=place.data, reference=place.data, save_stats=output / "s.npz", overwrite=True)
     (output / "s.npz").touch()
     checkpoint = exps / "repae" / "checkpoints" / "0000007.pt"

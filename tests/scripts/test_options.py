@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 
+import generate
 import train_ldm_only
 import train_repae
 import train_vae
@@ -79,3 +80,50 @@ def test_samples_along_shifted_times(exps, tmp_path):
     assert sampling.difference(shifted.images, plain.images).max() > 10
     same = sampling.draw(exps, tmp_path / "c", time_shift=0.1875)
     assert (same.images == shifted.images).all() and same.record["notes"] == []
+
+
+def test_samples_guided_in_some_channels(exps, tmp_path, capsys):
+    some = sampling.draw(exps, tmp_path / "a", guidance_channels=3)
+    every = sampling.draw(exps, tmp_path / "b", guidance_channels=4)
+    plain = sampling.draw(exps, tmp_path / "c")
+    assert "_channels3_" in some.npz.stem and (every.images == plain.images).all()
+    assert sampling.difference(some.images, plain.images).max() > 3
+    said = sampling.refused(sampling.flags(exps, tmp_path / "d", guidance_channels=5), capsys)
+    assert "--guidance-channels: 5 was given; the latents have 4" in said
+
+
+def test_samples_guided_by_a_weaker_run(exps, tmp_path, capsys):
+    """A network that guides itself changes nothing, and neither does one whose interval holds no step."""
+    options = dict(guide_exp_path=exps / "swapped", cfg_scale=2.5)
+    guided = sampling.draw(exps, tmp_path / "a", **options)
+    assert guided.npz.stem.endswith("_guide-swapped_0000007")
+    assert guided.record["guide"] == str(exps / "swapped" / "checkpoints" / "0000007.pt")
+    assert guided.record["sha256"].keys() >= {"guide", "checkpoint"}
+    one = sampling.draw(exps, tmp_path / "b", cfg_scale=1)
+    itself = sampling.draw(exps, tmp_path / "c", **options | dict(guide_exp_path=exps / "repae"))
+    assert sampling.difference(itself.images, one.images).max() <= 1
+    assert sampling.difference(guided.images, one.images).max() > 10
+    late = sampling.draw(exps, tmp_path / "d", **options, guidance_high=0.1)
+    assert (late.images == one.images).all()
+    # A model without a null label is guided so, too.
+    sampling.draw(exps, tmp_path / "e", "plain", guide_exp_path=exps / "repae", num_fid_samples=4)
+
+    generate.main(sampling.flags(exps, tmp_path / "f", **options, dry_run=1))
+    plan = capsys.readouterr().out
+    assert "SiT, guiding" in plan and "3 evaluations of SiT a sample, 3 of them guided" in plan
+
+
+def test_guides_that_cannot_be_meant_are_refused(exps, tmp_path, capsys):
+    other = torch.load(exps / "repae" / "checkpoints" / "0000007.pt", weights_only=True)
+    other["vae"] = {key: x + 1 if key == "decoder.conv_out.bias" else x for key, x in other["vae"].items()}
+    torch.save(other, tmp_path / "other.pt")
+    for run, options, said in (
+        ("repae", dict(guide_exp_path=tmp_path / "other.pt"), "other.pt has another VAE than"),
+        ("repae", dict(guide_exp_path=exps / "cosine", vae_ckpt=exps / "vae" / "vae.pt"), "has path type cosine"),
+        ("repae", dict(guide_exp_path=exps / "none"), "--guide-exp-path: "),
+        ("repae", dict(guide_exp_path=exps / "repae", guide_train_steps=8), "--guide-train-steps: "),
+        ("repae", dict(guide_exp_path=exps / "repae", cfg_scale=1), "--cfg-scale 1 switches guidance off"),
+        ("repae", dict(guidance_channels=2, cfg_scale=1), "--cfg-scale 1 switches guidance off"),
+        ("repae", dict(guide_train_steps=7), "--guide-train-steps goes with --guide-exp-path"),
+    ):
+        assert said in sampling.refused(sampling.flags(exps, tmp_path / "x", run, **options), capsys), said
