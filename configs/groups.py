@@ -19,7 +19,10 @@ from configs.parsing import (
     weighting,
 )
 
-SIT_NAMES = [f"SiT-{size}/{patch}" for size in ("T", "S", "B", "L", "XL") for patch in (1, 2, 4, 8)]
+SIT_NAMES = [
+    *(f"SiT-{size}/{patch}" for size in ("T", "S", "B", "L", "XL") for patch in (1, 2, 4, 8)),
+    *(f"LightningDiT-{size}/{patch}" for size in ("T", "B", "L", "XL") for patch in (1, 2)),
+]
 VAE_NAMES = ["f8d4", "f16d32", "f4d4-tiny"]
 
 
@@ -169,11 +172,11 @@ def add_sit_flags(parser):
         action=OneSpelling,
         default="SiT-XL/2",
         choices=SIT_NAMES,
-        metavar="SiT-{T,S,B,L,XL}/{1,2,4,8}",
-        help="size and patch",
+        metavar="SiT-{T,S,B,L,XL}/{1,2,4,8} or LightningDiT-{T,B,L,XL}/{1,2}",
+        help="SiT or LightningDiT, size and patch",
     )
     sit.add_argument("--encoder-depth", type=positive_int, default=8, help="block whose tokens are aligned, from 1")
-    on_off(sit, "--qk-norm", False, "LayerNorm on queries and keys")
+    on_off(sit, "--qk-norm", False, "LayerNorm (LightningDiT: RMSNorm) on queries and keys")
     on_off(sit, "--fused-attn", True, "torch's fused attention")
     sit.add_argument("--cfg-prob", type=unit_float, default=0.1, help="share of labels dropped to the null label")
     sit.add_argument("--ema-decay", type=unit_float, default=0.9999, help="of SiT's EMA, which sampling uses")
