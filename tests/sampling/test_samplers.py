@@ -8,9 +8,11 @@ import torch
 
 from models.sit import SiT
 from sampling.samplers import euler, euler_maruyama, heun, ode_times, sde_times
+from tests.support import golden_lightning
 from tests.support.golden_data import close, filled, load
 
 ARRAYS, META = load("samplers")
+LDIT, OF_LDIT = load("options/ldit_sampler")
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +53,10 @@ def test_time_grids_are_those_of_the_public_code():
 
 def test_shifted_time_grids_are_those_of_the_public_codes():
     """LightningDiT's time is 1 - ours and counts points, not evaluations: its shift 0.3 is our 1 / 0.3."""
-    arrays, meta = load("options/ldit_sampler")
-    for case in meta["grids"]:
+    for case in OF_LDIT["grids"]:
         shift = case["timestep_shift"] or 1.0  # 0 is none
         grid = 1 - ode_times(case["num_sampling_steps"] - 1, 1 / shift)
-        close(grid, arrays[case["name"]], 0, 5e-7, case["name"])
+        close(grid, LDIT[case["name"]], 0, 5e-7, case["name"])
     arrays, meta = load("options/timeshift")
     for case in meta["grids"]:
         if not case["name"].startswith("rae."):
@@ -63,6 +64,32 @@ def test_shifted_time_grids_are_those_of_the_public_codes():
     for tokens, steps in ((256, 4), (1024, 5), (4096, 8)):  # FLUX's shift: exp(mu), mu linear in the number of tokens
         mu = 0.5 + (tokens - 256) / (4096 - 256) * (1.15 - 0.5)
         close(ode_times(steps, math.exp(mu)), arrays[f"flux.seq{tokens}.steps{steps}"], 0, 5e-7)
+
+
+@pytest.fixture(scope="module")
+def ldit():
+    return golden_lightning.build(OF_LDIT).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("run", OF_LDIT["runs"], ids=lambda run: run["name"])
+def test_samples_are_those_of_lightningdit(ldit, run):
+    """Shift, one-sided interval and guidance of three channels together. Its network sees the null label also where
+    nothing is guided."""
+    calls, null = [], OF_LDIT["config"]["num_classes"]
+
+    def velocity(x_t, t, labels):
+        calls.append((t[0].item(), len(labels) == 4))
+        return -ldit(x_t, 1 - t, labels)[0]
+
+    start, scale = run["cfg_interval_start"], run["cfg_scale"]
+    settings = dict(num_steps=run["network_evaluations"], time_shift=1 / (run["timestep_shift"] or 1.0))
+    settings |= dict(guidance_scale=scale, guidance_interval=(0, 1 if start is None else 1 - start), null_label=null)
+    noise, labels = torch.from_numpy(LDIT["in.latents"]), torch.from_numpy(LDIT["in.y"])
+    out = euler(velocity, noise, labels, **settings, guidance_channels=3)
+    close(out, LDIT[f"{run['name']}.out"], 1e-5, 1e-7)
+    times, guided = zip(*calls, strict=True)
+    close(1 - torch.tensor(times), LDIT[f"{run['name']}.t"], 0, 5e-7)
+    assert list(guided) == (run["guided"] or [False] * len(calls))
 
 
 def test_a_shifted_sde_begins_and_ends_where_it_did():
