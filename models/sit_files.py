@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.lightning import RotaryPositions
+from models.projectors import PROJECTORS
 from models.sit import SIT_SIZES, SiT, sincos_positions, time_frequencies
 from utils.errors import InputError
 from utils.modules import load_strictly
@@ -222,9 +223,13 @@ def config_of_state_dict(
 def _projectors_of(state: Mapping[str, Tensor]) -> dict:
     """The arguments of `SiT` that its projectors show: how many, their kind and widths."""
     numbers = sorted({int(key.split(".")[1]) for key in state if key.startswith("projectors.")})
-    if "projectors.0.projection_layer.weight" in state:
+    convolution = state.get("projectors.0.projection_layer.weight")
+    if convolution is not None:
+        kind = f"conv{convolution.shape[2]}"
+        if kind not in PROJECTORS:
+            raise ValueError(f"its projectors are {kind}; {', '.join(PROJECTORS)} are known")
         widths = [state[f"projectors.{i}.projection_layer.weight"].shape[0] for i in numbers]
-        return dict(z_dims=widths, projector=f"conv{state['projectors.0.projection_layer.weight'].shape[2]}")
+        return dict(z_dims=widths, projector=kind)
     widths = [state[f"projectors.{i}.4.weight"].shape[0] for i in numbers]
     return dict(z_dims=widths, projector_dim=state["projectors.0.0.weight"].shape[0] if numbers else 2048)
 

@@ -94,3 +94,7 @@ def test_a_file_shows_its_projectors(kind):
 def test_an_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="conv5"):
         build_projector("conv5", 8, 8, 8, grid=2)
+    shape = dict(hidden_size=48, depth=1, num_heads=3, encoder_depth=1, projector_dim=16, qk_norm=True)
+    state = SiT(input_size=4, **shape, z_dims=[8], projector="conv3").state_dict()
+    with pytest.raises(ValueError, match="conv5"):
+        config_of_state_dict(state | {"projectors.0.projection_layer.weight": torch.zeros(8, 48, 5, 5)})

@@ -57,6 +57,10 @@ def test_alignment_ends_where_proj_until_says(place, tmp_path, capsys, monkeypat
     for key in ended:
         assert key.startswith("projectors.") or torch.equal(ended[key], without[key]), key
 
+    sit = load_trained(tmp_path / "run").sit.requires_grad_()
+    train_ldm_only.no_alignment(sit).backward()  # several processes wait for every gradient
+    assert all(parameter.grad is not None for parameter in sit.projectors.parameters())
+
     for script, options, said in (
         ("train_repae", dict(proj_until=2), "here the VAE learns by the alignment to the end"),
         (
