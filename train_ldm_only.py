@@ -6,6 +6,7 @@
 """
 
 from configs.arguments import ldm_only_parser
+from configs.parsing import flag_of
 from training.start import require_start
 
 if __name__ == "__main__":  # --help, a mistyped flag and missing files are answered before the heavy imports
@@ -234,9 +235,10 @@ def assemble(args, run: Run | PlannedRun, encoders, vae, latent_shape: tuple[int
     """The networks of a run around these, with a fresh SiT."""
     if not encoders and args.proj_coeff > 0:
         raise InputError(f"--enc-type None was given; --proj-coeff 0 goes with it, not {args.proj_coeff}")
-    of_encoder = {"--proj-until": args.proj_until, "--spatial-norm": args.spatial_norm}
-    for flag, value in of_encoder.items():
-        if not encoders and value is not None:
+    usual = {"proj_until": None, "spatial_norm": None, "projector": "mlp"}
+    for name, default in usual.items():
+        flag, value = flag_of(name), getattr(args, name)
+        if not encoders and value != default:
             raise InputError(f"{flag}: {value} was given; it goes with an encoder, and --enc-type is None")
     sit = build_sit(
         args.model,

@@ -44,7 +44,7 @@ def test_a_run_with_every_option_resumes(script, place, tmp_path):
         assert (whole / "log.txt").read_text().count("--time-shift auto: 0.1875, by latents of 4 x 6 x 6") == 1
 
 
-def test_alignment_ends_where_proj_until_says(place, tmp_path, capsys, monkeypatch):
+def test_alignment_ends_where_proj_until_says(place, tmp_path, monkeypatch):
     """The encoder rests from then on, and no gradient comes from it: the trunk is that of a run with coefficient 0."""
     seen, forward = [], Encoder.forward
     monkeypatch.setattr(Encoder, "forward", lambda encoder, images: (seen.append(1), forward(encoder, images))[1])
@@ -61,18 +61,19 @@ def test_alignment_ends_where_proj_until_says(place, tmp_path, capsys, monkeypat
     train_ldm_only.no_alignment(sit).backward()  # several processes wait for every gradient
     assert all(parameter.grad is not None for parameter in sit.projectors.parameters())
 
+
+def test_what_goes_with_alignment_is_refused_without_it(place, tmp_path, capsys):
+    plain = dict(enc_type="None", proj_coeff=0)
     for script, options, said in (
         ("train_repae", dict(proj_until=2), "here the VAE learns by the alignment to the end"),
-        (
-            "train_ldm_only",
-            dict(proj_until=2, enc_type="None", proj_coeff=0),
-            "--proj-until: 2 was given; it goes with an encoder",
-        ),
+        ("train_ldm_only", dict(proj_until=2) | plain, "--proj-until: 2 was given; it goes with an encoder"),
+        ("train_ldm_only", dict(spatial_norm=0) | plain, "--spatial-norm: 0.0 was given; it goes with an encoder"),
+        ("train_ldm_only", dict(projector="conv1") | plain, "--projector: conv1 was given; it goes with an encoder"),
     ):
         capsys.readouterr()
         with pytest.raises(SystemExit, match="2"):
             train(script, place, tmp_path, "refused", **options)
-        assert said in capsys.readouterr().err
+        assert said in capsys.readouterr().err and not (tmp_path / "refused").exists()
 
 
 def test_samples_along_shifted_times(exps, tmp_path):
