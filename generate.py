@@ -74,7 +74,8 @@ def main(argv: list[str] | None = None) -> None:
         check_evaluation_flags(args)
         require_preset_run(args)
         trained = load_trained(args.exp_path, args.train_steps, args.vae_ckpt, ema=args.ema)
-        job, store = sampling_job(args, trained), open_store(args, output_name(args, trained), trained.resolution)
+        job = sampling_job(args, trained)
+        store = open_store(args, output_name(args, trained, job.guide), trained.resolution)
         if processes.is_main_process:
             description, output = job.description(processes.device), output_options(args, store)
             if not args.overwrite:
@@ -94,9 +95,10 @@ def main(argv: list[str] | None = None) -> None:
     try:
         # Draw what is missing, by rank 0's word: another process may look only when the first batches are finished.
         missing = from_main(store.missing() if processes.is_main_process else None)
-        trained.to(processes.device)
+        job.to(processes.device)
         if args.compile:
-            trained.sit.compile_blocks()  # a guidance interval makes two batch sizes: compiled for each
+            for sit in job.networks:
+                sit.compile_blocks()  # a guidance interval makes two batch sizes: compiled for each
         going_on = "interrupted; the samples that are finished stay, and the same command draws the others"
         with together(), when_interrupted(lambda: going_on):
             speed = draw_missing(job, store, evaluator, missing, processes)
@@ -122,7 +124,8 @@ def planned(args: argparse.Namespace) -> str:
         check_evaluation_flags(args)
         require_preset_run(args)
         trained = load_trained(args.exp_path, args.train_steps, args.vae_ckpt, ema=args.ema, by_shape=True)
-        job, store = sampling_job(args, trained), open_store(args, output_name(args, trained), trained.resolution)
+        job = sampling_job(args, trained)
+        store = open_store(args, output_name(args, trained, job.guide), trained.resolution)
         output = output_options(args, store)
         store.check(store.interrupted() or {}, **output)
     return plan_text(job, store, args.dry_run, output["extra_bytes"])

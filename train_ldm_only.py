@@ -6,12 +6,14 @@
 """
 
 from configs.arguments import ldm_only_parser
+from configs.parsing import flag_of
 from training.start import require_start
 
 if __name__ == "__main__":  # --help, a mistyped flag and missing files are answered before the heavy imports
     ldm_only_parser().answer_before_imports(check=require_start)
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,10 +28,10 @@ from torch import Tensor, nn
 from dataset.data import ImageData, LatentData, LatentsAndLabels
 from dataset.latents import difference, sample_mean_std
 from evaluation.online import online_evaluation
-from loss.alignment import alignment_loss
-from loss.velocity import velocity_loss
+from loss.alignment import alignment_loss, normalize_spatially
+from loss.velocity import direction_loss, velocity_loss
 from models.encoders import Encoder, encoders_by_shape, load_encoders, resize_tokens, resizing_notes
-from models.interpolant import Noising, interpolate
+from models.interpolant import Noising, interpolate, time_shift_notes
 from models.sit import SiT, build_sit
 from models.sit_files import load_sit
 from models.vae import latent_channels, latent_statistics, load_vae, vae_by_shape
@@ -38,7 +40,7 @@ from sampling.generation import preview, preview_sampler
 from sampling.labels import seen_classes
 from training.classes import settle_classes
 from training.ema import update_ema
-from training.optimizer import Optimizer, adamw_settings, checkpoint_entries, restore
+from training.optimizer import Optimizer, adamw_settings, checkpoint_entries, restore, set_learning_rates
 from training.plan import PlannedRun, flops_for_mfu
 from training.run import Run
 from utils.counting import shapes_alone
@@ -72,14 +74,20 @@ def train_step(
     noising: Noising,
     proj_coeff: float,
     ema_decay: float,
+    cosine_coeff: float = 0.0,
+    spatial_norm: float | None = None,
+    proj_until: float = math.inf,
 ) -> dict[str, Tensor]:
     """One optimiser step of SiT over `micro_steps` batches; returns the scalars to log."""
     logs = {}
+    encoders = nets.encoders if step < proj_until else []
     for micro_step in range(micro_steps):
         # mean_std (B, 2C, h, w); images uint8 (B, 3, H, W) if there is an encoder to look at them; labels (B,)
         mean_std, *images, labels = next(data)
         with run.autocast():
-            targets = [resize_tokens(encoder(*images), nets.sit.grid) for encoder in nets.encoders]  # (B, N, F)
+            targets = [resize_tokens(encoder(*images), nets.sit.grid) for encoder in encoders]  # (B, N, F)
+        if spatial_norm is not None:
+            targets = [normalize_spatially(tokens, spatial_norm) for tokens in targets]
         posterior_eps, noise, t, drop = noising.draw(run.draws(step, micro_step), nets.latent_shape)
 
         # SiT, as in step 3 of REPA-E, on cached latents.
@@ -91,17 +99,28 @@ def train_step(
             with run.autocast():
                 velocity, projections = nets.sit_ddp(x_t, t, labels, drop)
             denoising_loss = velocity_loss(velocity, velocity_target).mean()
-            proj_loss = alignment_loss(projections, targets) if targets else denoising_loss.new_zeros(())
-            sit_loss = denoising_loss + proj_coeff * proj_loss
+            proj_loss = alignment_loss(projections, targets) if targets else no_alignment(nets.sit)
+            sit_loss, scalars = denoising_loss + proj_coeff * proj_loss, {}
+            if cosine_coeff > 0:
+                scalars["cosine_loss"] = direction_loss(velocity, velocity_target).mean()
+                sit_loss = sit_loss + cosine_coeff * scalars["cosine_loss"]
             optimizer.backward(sit_loss / micro_steps)
 
-        for name, value in dict(sit_loss=sit_loss, denoising_loss=denoising_loss, proj_loss=proj_loss).items():
+        scalars |= dict(sit_loss=sit_loss, denoising_loss=denoising_loss, proj_loss=proj_loss)
+        for name, value in scalars.items():
             logs[name] = logs.get(name, 0) + value.detach() / micro_steps
     logs["grad_norm_sit"] = optimizer.step()
 
     # EMA of SiT's parameters.
     update_ema(nets.ema, nets.sit, ema_decay)
     return logs
+
+
+def no_alignment(sit: SiT) -> Tensor:
+    """A loss of 0 of which projectors, where there are some, are a part: otherwise their gradients would be waited for
+    when processes average theirs."""
+    projectors = (0 * parameter.sum() for parameter in sit.projectors.parameters())
+    return sum(projectors, sit.pos_embed.new_zeros(()))
 
 
 @command
@@ -145,15 +164,19 @@ def train(args, run: Run) -> None:
         preview=partial(previews, args, run, nets),
     )
     for step in steps:
-        run.log(step, train_step(run, nets, optimizer, loader, step, **settings))
+        rates = set_learning_rates([optimizer], step)
+        run.log(step, train_step(run, nets, optimizer, loader, step, **settings) | rates)
 
 
 def step_settings(args, *, micro_steps: int) -> dict:
     """The options that `train_step` takes."""
     return dict(
         micro_steps=micro_steps,
-        noising=Noising(args.path_type, args.weighting, args.cfg_prob),
+        noising=Noising(args.path_type, args.weighting, args.cfg_prob, args.time_shift),
         proj_coeff=args.proj_coeff,
+        cosine_coeff=args.cosine_coeff,
+        spatial_norm=args.spatial_norm,
+        proj_until=math.inf if args.proj_until is None else args.proj_until,
         ema_decay=args.ema_decay,
     )
 
@@ -170,6 +193,9 @@ def planned(args) -> PlannedRun:
         run.to_device(nets.sit, nets.ema, nets.vae, *nets.encoders)
         nets.sit_ddp, (channels, *sides) = nets.sit, nets.latent_shape
         optimizer, settings = build_optimizer(args, run, nets, None), step_settings(args, micro_steps=run.micro_steps)
+        if args.proj_until is not None:
+            run.notes.append(f"--proj-until {args.proj_until}: every step is counted as one with alignment")
+            settings["proj_until"] = math.inf
         images, labels = run.images()
         batch = torch.empty(run.share, 2 * channels, *sides), *([images] if encoders else []), labels
         step = partial(train_step, run, nets, optimizer, repeat(batch), **settings)
@@ -209,6 +235,11 @@ def assemble(args, run: Run | PlannedRun, encoders, vae, latent_shape: tuple[int
     """The networks of a run around these, with a fresh SiT."""
     if not encoders and args.proj_coeff > 0:
         raise InputError(f"--enc-type None was given; --proj-coeff 0 goes with it, not {args.proj_coeff}")
+    usual = {"proj_until": None, "spatial_norm": None, "projector": "mlp"}
+    for name, default in usual.items():
+        flag, value = flag_of(name), getattr(args, name)
+        if not encoders and value != default:
+            raise InputError(f"{flag}: {value} was given; it goes with an encoder, and --enc-type is None")
     sit = build_sit(
         args.model,
         latent_shape,
@@ -216,11 +247,12 @@ def assemble(args, run: Run | PlannedRun, encoders, vae, latent_shape: tuple[int
         num_classes=args.num_classes,
         class_dropout_prob=args.cfg_prob,
         z_dims=[encoder.embed_dim for encoder in encoders],
+        projector=args.projector,
         qk_norm=args.qk_norm,
         fused_attn=args.fused_attn,
     )
     sit.grad_checkpoint = "sit" in args.grad_checkpoint
-    run.notes += resizing_notes(encoders, sit.grid)
+    run.notes += resizing_notes(encoders, sit.grid) + time_shift_notes(args.time_shift, latent_shape)
     ema = copy.deepcopy(sit).eval().requires_grad_(False)
     return Networks(encoders=encoders, sit=sit, ema=ema, vae=vae, latent_shape=latent_shape)
 

@@ -22,24 +22,23 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from dataset.data import ImageData, evenly_spaced
 from evaluation.online import online_evaluation
 from loss.adversarial import DiscriminatorLoss
-from loss.alignment import alignment_loss
+from loss.alignment import alignment_loss, normalize_spatially
 from loss.config import read_loss_config
 from loss.perceptual import load_lpips, lpips_by_shape
 from loss.vae import VAELoss
-from loss.velocity import velocity_loss
+from loss.velocity import direction_loss, velocity_loss
 from models.discriminator import PatchDiscriminator, load_discriminator, require_resolution
 from models.encoders import Encoder, encoders_by_shape, load_encoders, resize_tokens, resizing_notes
-from models.interpolant import Noising, interpolate
+from models.interpolant import Noising, interpolate, time_shift_notes
 from models.posterior import TrainableVAE, measure_latent_statistics, sample
 from models.sit import SiT, build_sit
 from models.sit_files import find_sit_state, load_sit, start_from
-from models.vae import build_vae, latent_shape, latent_statistics, load_vae, require_trainable, vae_by_shape, vae_config
+from models.vae import latent_shape, latent_statistics, require_trainable, starting_vae, vae_by_shape, vae_config
 from models.vae_files import save_latent_stats, vae_of_checkpoint
 from models.vae_keys import ldm_parameters, to_ldm
 from sampling.generation import preview, preview_sampler, reconstruction_pairs
@@ -47,7 +46,7 @@ from sampling.labels import seen_classes
 from training.classes import settle_classes
 from training.ema import update_ema
 from training.health import LatentSpread
-from training.optimizer import Optimizer, adamw_settings, checkpoint_entries, restore
+from training.optimizer import Optimizer, adamw_settings, checkpoint_entries, restore, set_learning_rates
 from training.plan import PlannedRun, flops_for_mfu
 from training.run import Run
 from utils.counting import shapes_alone
@@ -90,6 +89,8 @@ def train_step(
     proj_coeff: float,
     vae_align_proj_coeff: float,
     ema_decay: float,
+    cosine_coeff: float = 0.0,
+    spatial_norm: float | None = None,
     stop_grad: bool = True,
     vae_every: int = 1,
 ) -> dict[str, Tensor]:
@@ -105,6 +106,8 @@ def train_step(
         pixels = to_signed(images)
         with run.autocast():
             targets = [resize_tokens(encoder(images), nets.sit.grid) for encoder in nets.encoders]  # (B, N, F)
+        if spatial_norm is not None:
+            targets = [normalize_spatially(tokens, spatial_norm) for tokens in targets]
         posterior_eps, noise, t, drop = noising.draw(run.draws(step, micro_step), nets.latent_shape)
 
         with run.synchronised(nets.vae_ddp, nets.discriminator_ddp, nets.sit_ddp, when=last):
@@ -148,6 +151,9 @@ def train_step(
             denoising_loss = velocity_loss(velocity, velocity_target).mean()
             proj_loss = alignment_loss(projections, targets)
             sit_loss = denoising_loss + proj_coeff * proj_loss
+            if cosine_coeff > 0:
+                scalars["cosine_loss"] = direction_loss(velocity, velocity_target).mean()
+                sit_loss = sit_loss + cosine_coeff * scalars["cosine_loss"]
             optimizers.opt.backward(sit_loss / micro_steps)
             grad_norm_sit = optimizers.opt.step() if last else None
 
@@ -209,16 +215,19 @@ def train(args, run: Run) -> None:
         preview=partial(previews, args, run, nets, data),
     )
     for step in steps:
-        run.log(step, train_step(run, nets, optimizers, loader, step, **settings) | spread.scalars())
+        rates = set_learning_rates(vars(optimizers).values(), step)
+        run.log(step, train_step(run, nets, optimizers, loader, step, **settings) | spread.scalars() | rates)
 
 
 def step_settings(args, *, micro_steps: int) -> dict:
     """The options that `train_step` takes."""
     return dict(
         micro_steps=micro_steps,
-        noising=Noising(args.path_type, args.weighting, args.cfg_prob),
+        noising=Noising(args.path_type, args.weighting, args.cfg_prob, args.time_shift),
         proj_coeff=args.proj_coeff,
         vae_align_proj_coeff=args.vae_align_proj_coeff,
+        cosine_coeff=args.cosine_coeff,
+        spatial_norm=args.spatial_norm,
         ema_decay=args.ema_decay,
         stop_grad=args.stop_grad,
         vae_every=args.vae_every,
@@ -257,7 +266,8 @@ def build_networks(args, run: Run, checkpoint: dict | None) -> Networks:
     vae_loss = VAELoss(config, load_lpips(args.lpips_weights) if config.perceptual_weight > 0 else None)
 
     if checkpoint is None:
-        vae, discriminator = starting_vae(args, run), load_discriminator(args.disc_pretrained_ckpt)
+        vae = starting_vae(args.vae, args.vae_ckpt, say=run.notes.append)
+        discriminator = load_discriminator(args.disc_pretrained_ckpt)
     else:
         vae, discriminator = vae_of_checkpoint(checkpoint, run.resume_from), load_discriminator(None)
     nets = assemble(args, run, encoders, vae, discriminator, vae_loss)
@@ -287,12 +297,13 @@ def assemble(args, run: Run | PlannedRun, encoders, vae, discriminator, vae_loss
         num_classes=args.num_classes,
         class_dropout_prob=args.cfg_prob,
         z_dims=[encoder.embed_dim for encoder in encoders],
+        projector=args.projector,
         qk_norm=args.qk_norm,
         fused_attn=args.fused_attn,
         bn_momentum=args.bn_momentum,
         learn_pos_embed=True,
     )
-    run.notes += resizing_notes(encoders, sit.grid)
+    run.notes += resizing_notes(encoders, sit.grid) + time_shift_notes(args.time_shift, shape)
     sit.grad_checkpoint, trainable = "sit" in args.grad_checkpoint, TrainableVAE(vae)
     if "vae" in args.grad_checkpoint:
         trainable.checkpoint_activations()
@@ -306,18 +317,6 @@ def assemble(args, run: Run | PlannedRun, encoders, vae, discriminator, vae_loss
         discriminator_loss=DiscriminatorLoss(vae_loss.config),
         latent_shape=shape,
     )
-
-
-def starting_vae(args, run: Run) -> AutoencoderKL:
-    """The VAE of --vae-ckpt; for `none` one with fresh weights (the paper's table 8)."""
-    if args.vae_ckpt.lower() == "none":
-        if args.vae == "auto":
-            raise InputError("--vae: auto was given; with --vae-ckpt none it must name an architecture")
-        run.notes.append(f"--vae-ckpt none: the VAE ({args.vae}) starts from fresh weights")
-        return build_vae(args.vae)
-    vae = load_vae(args.vae, args.vae_ckpt, say=run.notes.append)
-    require_trainable(vae)
-    return vae
 
 
 def load_networks(nets: Networks, checkpoint: dict, path: str) -> list[str]:

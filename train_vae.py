@@ -38,7 +38,7 @@ from models.vae_files import require_new_vae_files, save_vae_files, vae_of_check
 from models.vae_keys import ldm_parameters, to_ldm
 from sampling.generation import reconstruction_pairs
 from training.health import LatentSpread
-from training.optimizer import Optimizer, adamw_settings, checkpoint_entries, restore
+from training.optimizer import Optimizer, adamw_settings, checkpoint_entries, restore, set_learning_rates
 from training.plan import PlannedRun, flops_for_mfu
 from training.run import Run
 from utils.counting import shapes_alone
@@ -138,8 +138,9 @@ def train(args, run: Run) -> None:
     )
     micro_steps = args.gradient_accumulation_steps
     for step in steps:
+        rates = set_learning_rates(vars(optimizers).values(), step)
         scalars = train_step(run, nets, optimizers, loader, step, micro_steps=micro_steps)
-        run.log(step, scalars | spread.scalars())
+        run.log(step, scalars | spread.scalars() | rates)
     write_vae(args, run, nets, data)
 
 

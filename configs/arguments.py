@@ -29,6 +29,8 @@ from configs.parsing import (
     on_off,
     path,
     positive_int,
+    refused,
+    time_shift,
     unit_float,
 )
 from configs.presets import PRESETS
@@ -45,6 +47,8 @@ def repae_parser() -> ArgumentParser:
     )
     align = add_alignment_flags(parser)
     align.add_argument("--vae-align-proj-coeff", type=natural_float, default=1.5, help="weight of VAE's alignment loss")
+    reason = "here the VAE learns by the alignment to the end; train_ldm_only.py has this flag"
+    align.add_argument("--proj-until", type=refused(reason), metavar="STEP", help=f"refused: {reason}")
     on_off(align, "--stop-grad", True, "keep the diffusion loss out of the VAE; without it the latents collapse")
     add_vae_flags(parser, default="f8d4", ckpt="pretrained/sdvae-f8d4/sdvae-f8d4.pt", fresh=True)
     loss = add_vae_loss_flags(parser, "--vae-learning-rate")
@@ -61,7 +65,8 @@ def ldm_only_parser() -> ArgumentParser:
     add_unused_flags(add_run_flags(parser))
     add_data_flags(parser)
     add_sit_flags(parser)
-    add_alignment_flags(parser)
+    align = add_alignment_flags(parser)
+    align.add_argument("--proj-until", type=positive_int, metavar="STEP", help="no alignment after so many steps")
     vae = add_vae_flags(parser, default="f16d32", ckpt="pretrained/e2e-vavae-400k/e2e-vavae-400k.pt")
     vae.add_argument("--vae-latents-name", default="e2e-vavae-400k", help="latents cached by cache_latents.py")
     add_online_evaluation_flags(parser)
@@ -105,8 +110,20 @@ def generate_parser() -> ArgumentParser:
     sampler.add_argument("--mode", default="ode", choices=["ode", "sde"], help="Euler or Heun; or Euler-Maruyama")
     on_off(sampler, "--heun", False, "second-order steps (ode only)")
     sampler.add_argument("--num-steps", type=positive_int, default=50, help="steps of the sampler")
+    sampler.add_argument(
+        "--time-shift", type=time_shift, default=1.0, metavar="{S,auto}", help="times become S t / (1 + (S - 1) t)"
+    )
     sampler.add_argument("--path-type", default="linear", choices=["linear", "cosine"], help="as the model was trained")
-    sampler.add_argument("--cfg-scale", type=guidance_float, default=1.5, help="classifier-free guidance; 1: off")
+    sampler.add_argument(
+        "--cfg-scale", type=guidance_float, default=1.5, help="of guidance, which is classifier-free; 1: off"
+    )
+    sampler.add_argument(
+        "--guidance-channels", type=positive_int, metavar="C", help="guide so many of the first channels (default: all)"
+    )
+    sampler.add_argument(
+        "--guide-exp-path", type=path, help="autoguidance: a weaker run of the same latents, in place of the null label"
+    )
+    sampler.add_argument("--guide-train-steps", help="which of its checkpoints (default: the latest)")
     sampler.add_argument("--guidance-low", type=unit_float, default=0.0, help="guidance only for t >= this")
     sampler.add_argument("--guidance-high", type=unit_float, default=1.0, help="guidance only for t <= this")
 

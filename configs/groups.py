@@ -14,10 +14,15 @@ from configs.parsing import (
     positive_float,
     positive_int,
     some_of,
+    time_shift,
     unit_float,
+    weighting,
 )
 
-SIT_NAMES = [f"SiT-{size}/{patch}" for size in ("T", "S", "B", "L", "XL") for patch in (1, 2, 4, 8)]
+SIT_NAMES = [
+    *(f"SiT-{size}/{patch}" for size in ("T", "S", "B", "L", "XL") for patch in (1, 2, 4, 8)),
+    *(f"LightningDiT-{size}/{patch}" for size in ("T", "B", "L", "XL") for patch in (1, 2)),
+]
 VAE_NAMES = ["f8d4", "f16d32", "f4d4-tiny"]
 
 
@@ -100,7 +105,8 @@ def add_training_flags(parser, *, networks: tuple[str, ...], learning_rate: bool
     train.add_argument("--batch-size", type=positive_int, default=256, help="images of a (micro-)step, all processes")
     train.add_argument("--gradient-accumulation-steps", type=positive_int, default=1, help="micro-steps of a step")
     if learning_rate:
-        train.add_argument("--learning-rate", type=natural_float, default=1e-4, help="AdamW's, constant")
+        train.add_argument("--learning-rate", type=natural_float, default=1e-4, help="of SiT's AdamW")
+    _add_schedule_flags(train)
     train.add_argument("--adam-beta1", type=unit_float, default=0.9, help="AdamW's beta 1")
     train.add_argument("--adam-beta2", type=unit_float, default=0.999, help="AdamW's beta 2")
     train.add_argument("--adam-weight-decay", type=natural_float, default=0.0, help="AdamW's weight decay")
@@ -126,6 +132,25 @@ def add_training_flags(parser, *, networks: tuple[str, ...], learning_rate: bool
     train.add_argument("--seed", type=natural_int, default=0, help="of every random draw")
 
 
+def _add_schedule_flags(train) -> None:
+    """How the learning rates of all optimisers move, each as a share of its own."""
+    train.add_argument(
+        "--warmup-steps", type=natural_int, default=0, help="steps in which every learning rate rises to its value"
+    )
+    train.add_argument(
+        "--lr-schedule",
+        default="constant",
+        choices=["constant", "linear", "cosine"],
+        help="how every learning rate falls then, until --max-train-steps",
+    )
+    train.add_argument(
+        "--lr-final", type=unit_float, default=0.0, help="what is left of every learning rate at the end, as a share"
+    )
+    train.add_argument(
+        "--lr-decay-start", type=natural_int, help="step at which the rates begin to fall (default: after the warm-up)"
+    )
+
+
 def add_data_flags(parser, *, labels: bool = True) -> None:
     """The data folder, and what the images, and the labels where they are read, must be."""
     data = parser.add_argument_group("data")
@@ -147,17 +172,29 @@ def add_sit_flags(parser):
         action=OneSpelling,
         default="SiT-XL/2",
         choices=SIT_NAMES,
-        metavar="SiT-{T,S,B,L,XL}/{1,2,4,8}",
-        help="size and patch",
+        metavar="SiT-{T,S,B,L,XL}/{1,2,4,8} or LightningDiT-{T,B,L,XL}/{1,2}",
+        help="SiT or LightningDiT, size and patch",
     )
     sit.add_argument("--encoder-depth", type=positive_int, default=8, help="block whose tokens are aligned, from 1")
-    on_off(sit, "--qk-norm", False, "LayerNorm on queries and keys")
+    on_off(sit, "--qk-norm", False, "LayerNorm (LightningDiT: RMSNorm) on queries and keys")
     on_off(sit, "--fused-attn", True, "torch's fused attention")
     sit.add_argument("--cfg-prob", type=unit_float, default=0.1, help="share of labels dropped to the null label")
     sit.add_argument("--ema-decay", type=unit_float, default=0.9999, help="of SiT's EMA, which sampling uses")
     sit.add_argument("--path-type", default="linear", choices=["linear", "cosine"], help="data to noise")
     sit.add_argument("--prediction", default="v", choices=["v"], help="what SiT predicts: the velocity")
-    sit.add_argument("--weighting", default="uniform", choices=["uniform", "lognormal"], help="how t is drawn")
+    sit.add_argument(
+        "--weighting",
+        type=weighting,
+        default="uniform",
+        choices=["uniform", "lognormal"],
+        help="how t is drawn; logit-normal is another word for lognormal, and is stored as that",
+    )
+    sit.add_argument(
+        "--time-shift", type=time_shift, default=1.0, metavar="{S,auto}", help="t becomes S t / (1 + (S - 1) t)"
+    )
+    sit.add_argument(
+        "--cosine-coeff", type=natural_float, default=0.0, help="weight of the velocity's direction loss; 0: off"
+    )
     return sit
 
 
@@ -169,6 +206,12 @@ def add_alignment_flags(parser):
     )
     align.add_argument("--enc-ckpt", type=paths, help="weights file of the encoder (comma list for several)")
     align.add_argument("--proj-coeff", type=natural_float, default=0.5, help="weight of SiT's alignment loss")
+    align.add_argument(
+        "--projector", default="mlp", choices=["mlp", "conv1", "conv3"], help="from SiT's tokens to the encoder's"
+    )
+    align.add_argument(
+        "--spatial-norm", type=unit_float, metavar="ALPHA", help="normalise the encoder's tokens over space (iREPA)"
+    )
     return align
 
 

@@ -86,6 +86,24 @@ def guidance_float(text: str) -> float:
     return _bounded(float, text, lambda x: 1 <= x < float("inf"), "a number >= 1 (1 switches guidance off)")
 
 
+def time_shift(text: str) -> float | str:
+    return text if text == "auto" else _bounded(float, text, lambda x: 0 < x < float("inf"), "a number > 0, or auto,")
+
+
+def weighting(text: str) -> str:
+    """How t is drawn, as runs store it: the public code's `lognormal` is what others call logit-normal."""
+    return "lognormal" if text == "logit-normal" else text
+
+
+def refused(reason: str) -> Callable[[str], None]:
+    """Of a flag that another script has, and that cannot be meant here."""
+
+    def refuse(text: str) -> None:
+        raise argparse.ArgumentTypeError(f"{text!r} was given; {reason}")
+
+    return refuse
+
+
 def grid_shape(text: str) -> tuple[int, int]:
     rows, _, columns = text.partition("x")
     if not (rows.isdigit() and columns.isdigit() and int(rows) and int(columns)):

@@ -1,4 +1,4 @@
-"""The representation-alignment loss of REPA (arXiv 2410.06940, eq. 8)."""
+"""The representation-alignment loss of REPA (arXiv 2410.06940, eq. 8), and iREPA's targets."""
 
 import torch
 import torch.nn.functional as F
@@ -22,3 +22,18 @@ def alignment_loss(projections: list[Tensor], targets: list[Tensor]) -> Tensor:
         for projection, target in zip(projections, targets, strict=True)
     ]
     return torch.stack(losses).mean()
+
+
+def normalize_spatially(targets: Tensor, alpha: float) -> Tensor:
+    """(f - alpha mean) / std of each image's channels over its tokens (iREPA, arXiv 2512.10794): what all tokens share
+    says nothing about where they are.
+
+    Args:
+        targets: an encoder's tokens (B, N, F), N > 1.
+        alpha: the share of the mean that is taken off, in [0, 1].
+
+    Returns:
+        float32 (B, N, F). The std is the unbiased one, about the mean whatever alpha, and 1e-6 is added to it.
+    """
+    std, mean = torch.std_mean(targets.float(), dim=1, keepdim=True)
+    return (targets - alpha * mean) / (std + 1e-6)

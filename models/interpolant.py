@@ -36,12 +36,33 @@ def time_from_draw(draw: Tensor, weighting: str, path_type: str) -> Tensor:
 
     Args:
         draw: (B,) uniform on [0, 1) for weighting "uniform"; standard normal for "lognormal", where the noise-to-signal
-            ratio sigma / alpha is exp(draw): t = r / (1 + r) on the linear path, 2/pi atan(r) on the cosine one.
+            ratio sigma / alpha is exp(draw): t = r / (1 + r) on the linear path (elsewhere called logit-normal),
+            2/pi atan(r) on the cosine one.
     """
     if weighting == "uniform":
         return draw
     ratio = draw.exp()
     return ratio / (1 + ratio) if path_type == "linear" else 2 / math.pi * ratio.atan()
+
+
+def shift_time(t: Tensor, shift: float) -> Tensor:
+    """Times in [0, 1], moved towards noise (shift > 1) or towards data (< 1): SD3, arXiv 2403.03206, eq. 23.
+
+    t' = S t / (1 + (S - 1) t), in a form that is exact at 0 and 1, and for S = 1 everywhere.
+    """
+    return shift * t / (shift * t + (1 - t))
+
+
+def resolve_time_shift(time_shift: float | str, latent_shape: tuple[int, int, int]) -> float:
+    """A shift as `shift_time` takes it; "auto" is sqrt(C h w / 4096), 1 for 4 x 32 x 32 (RAE, arXiv 2510.11690)."""
+    return math.sqrt(math.prod(latent_shape) / 4096) if time_shift == "auto" else time_shift
+
+
+def time_shift_notes(time_shift: float | str, latent_shape: tuple[int, int, int]) -> list[str]:
+    """For the log of a run: what "auto" is."""
+    shape = " x ".join(map(str, latent_shape))
+    shift = resolve_time_shift(time_shift, latent_shape)
+    return [f"--time-shift auto: {shift:.4g}, by latents of {shape}"] if time_shift == "auto" else []
 
 
 @dataclass(frozen=True)
@@ -51,6 +72,7 @@ class Noising:
     path_type: str = "linear"  # or "cosine"
     weighting: str = "uniform"  # or "lognormal": of t, not of the loss
     cfg_prob: float = 0.1  # for classifier-free guidance
+    time_shift: float | str = 1.0  # as `resolve_time_shift` takes it
 
     def draw(self, draws, latent_shape: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """The random numbers of a micro-step, each from a generator of its own.
@@ -64,6 +86,7 @@ class Noising:
             (B,) bool, or None where none ever are.
         """
         time_draw = draws.normal("time") if self.weighting == "lognormal" else draws.uniform("time")
-        t = time_from_draw(time_draw, self.weighting, self.path_type)
+        shift = resolve_time_shift(self.time_shift, latent_shape)
+        t = shift_time(time_from_draw(time_draw, self.weighting, self.path_type), shift)
         drop = draws.uniform("label") < self.cfg_prob if self.cfg_prob > 0 else None
         return draws.normal("posterior", *latent_shape), draws.normal("noise", *latent_shape), t, drop

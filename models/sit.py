@@ -1,11 +1,13 @@
 """SiT: the scalable interpolant transformer (Ma et al. 2024, arXiv 2401.08740), with REPA's projectors
-(Yu et al. 2024, arXiv 2410.06940) and REPA-E's normaliser of the latents (arXiv 2504.10483, section 3).
+(Yu et al. 2024, arXiv 2410.06940) and REPA-E's normaliser of the latents (arXiv 2504.10483, section 3); and
+LightningDiT, which is a SiT of other blocks.
 
 State-dict names are those of the public checkpoints (`x_embedder.proj`, `y_embedder.embedding_table`, `blocks.N.attn`,
 `projectors.N`, `bn` ...).  Shapes below: B batch, C latent channels, N tokens, D hidden width, F encoder width.
 """
 
 import math
+from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -15,6 +17,8 @@ from timm.models.vision_transformer import Attention, Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.lightning import RMSNorm, RotaryAttention, RotaryPositions, SwiGLU
+from models.projectors import build_projector
 from utils.distributed import all_sum, world_size
 from utils.errors import InputError
 from utils.modules import compile_forward
@@ -45,14 +49,16 @@ class SiT(nn.Module):
             caller's: see `drop` of `forward`.
         num_classes: labels lie in [0, num_classes).
         z_dims: width F of each encoder to align with; one projector each.
-        projector_dim: hidden width of the projectors.
+        projector_dim: hidden width of the projectors that have one, "mlp".
+        projector: their kind, as `models.projectors` knows them.
         bn_momentum: of the running statistics of the latents' normaliser.
-        qk_norm: LayerNorm on queries and keys of each head.
+        qk_norm: LayerNorm, or LightningDiT's RMSNorm, on queries and keys of each head.
         fused_attn: torch's scaled_dot_product_attention instead of explicit softmax.
         learn_pos_embed: whether the sin-cos position table takes part in training. The public REPA-E training trains
             it (its unfreezing of "all parameters" includes the table), the public LDM-only training does not; results
             of both are reproduced only so.
         decoder_hidden_size: width of the last layer in public configurations; must equal `hidden_size`.
+        lightning: LightningDiT's blocks: RMSNorm, SwiGLU, and rotary positions beside the table.
 
     Attributes:
         grad_checkpoint: whether the backward pass computes each block's activations again instead of keeping them.
@@ -79,6 +85,8 @@ class SiT(nn.Module):
         fused_attn: bool = True,
         learn_pos_embed: bool = False,
         decoder_hidden_size: int | None = None,
+        projector: str = "mlp",
+        lightning: bool = False,
     ):
         super().__init__()
         if input_size % patch_size:
@@ -97,13 +105,15 @@ class SiT(nn.Module):
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size, strict_img_size=False)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes + (class_dropout_prob > 0), hidden_size)
+        self.feat_rope = RotaryPositions(hidden_size // num_heads, self.grid) if lightning else None
 
         # Tokens to velocity, with REPA's projectors on the way.
-        self.blocks = nn.ModuleList(
-            SiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm=qk_norm, fused_attn=fused_attn) for _ in range(depth)
+        options = dict(qk_norm=qk_norm, fused_attn=fused_attn, lightning=lightning)
+        self.blocks = nn.ModuleList(SiTBlock(hidden_size, num_heads, mlp_ratio, **options) for _ in range(depth))
+        self.projectors = nn.ModuleList(
+            build_projector(projector, hidden_size, projector_dim, width, self.grid) for width in z_dims
         )
-        self.projectors = nn.ModuleList(projector(hidden_size, projector_dim, width) for width in z_dims)
-        self.final_layer = FinalLayer(hidden_size, patch_size, in_channels)
+        self.final_layer = FinalLayer(hidden_size, patch_size, in_channels, lightning=lightning)
 
         # REPA-E's normaliser of the latents. It stands outside `forward`: see `normalize`.
         self.bn = LatentNorm(in_channels, eps=1e-4, momentum=bn_momentum, affine=False)
@@ -159,9 +169,10 @@ class SiT(nn.Module):
         compile_forward(*self.blocks)
 
     def _through(self, block: nn.Module, x: Tensor, c: Tensor) -> Tensor:
+        rope = () if self.feat_rope is None else (self.feat_rope.freqs_cos, self.feat_rope.freqs_sin)
         if self.grad_checkpoint and torch.is_grad_enabled():
-            return checkpoint(block, x, c, use_reentrant=False, preserve_rng_state=False)  # a block draws nothing
-        return block(x, c)
+            return checkpoint(block, x, c, *rope, use_reentrant=False, preserve_rng_state=False)  # it draws nothing
+        return block(x, c, *rope)
 
     def _embed(self, x_t, t, labels, drop):
         """Tokens (B, N, D) with positions, and the conditioning vector (B, D)."""
@@ -198,38 +209,46 @@ class SiT(nn.Module):
 
 
 class SiTBlock(nn.Module):
-    """A transformer block conditioned by adaLN-Zero (DiT, arXiv 2212.09748, section 3.2)."""
+    """A transformer block conditioned by adaLN-Zero (DiT, arXiv 2212.09748, section 3.2), or LightningDiT's."""
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, *, qk_norm: bool, fused_attn: bool):
+    def __init__(
+        self, hidden_size: int, num_heads: int, mlp_ratio: float, *, qk_norm: bool, fused_attn: bool, lightning=False
+    ):
         super().__init__()
-        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.norm1, self.norm2 = token_norm(hidden_size, lightning), token_norm(hidden_size, lightning)
         # Newer timm has no default for the norm of queries and keys; public checkpoints hold an affine one, eps 1e-5.
-        self.attn = Attention(hidden_size, num_heads, qkv_bias=True, qk_norm=qk_norm, norm_layer=nn.LayerNorm)
+        norm_layer = partial(RMSNorm, eps=1e-6) if lightning else nn.LayerNorm
+        attention = RotaryAttention if lightning else Attention
+        self.attn = attention(hidden_size, num_heads, qkv_bias=True, qk_norm=qk_norm, norm_layer=norm_layer)
         self.attn.fused_attn = fused_attn
-        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        gelu = partial(nn.GELU, approximate="tanh")
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=gelu)
+        mlp = SwiGLU if lightning else partial(Mlp, act_layer=partial(nn.GELU, approximate="tanh"))
+        self.mlp = mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, *rope: Tensor) -> Tensor:
         # Shift, scale and gate (B, 1, D) of the attention and of the MLP.
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.adaLN_modulation(c).unsqueeze(1).chunk(6, dim=-1)
-        x = x + gate_1 * self.attn(modulate(self.norm1(x), shift_1, scale_1))
+        x = x + gate_1 * self.attn(modulate(self.norm1(x), shift_1, scale_1), *rope)
         return x + gate_2 * self.mlp(modulate(self.norm2(x), shift_2, scale_2))
 
 
 class FinalLayer(nn.Module):
     """Tokens -> patches of velocity, (B, N, patch * patch * C)."""
 
-    def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int, *, lightning: bool):
         super().__init__()
-        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.norm_final = token_norm(hidden_size, lightning)
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c).unsqueeze(1).chunk(2, dim=-1)  # (B, 1, D) each
         return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+def token_norm(width: int, lightning: bool) -> nn.Module:
+    """The norm of tokens that adaptive shift and scale follow."""
+    return RMSNorm(width, eps=1e-6) if lightning else nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -266,17 +285,6 @@ class LabelEmbedder(nn.Module):
 
     def forward(self, labels: Tensor) -> Tensor:
         return self.embedding_table(labels)
-
-
-def projector(hidden_size: int, projector_dim: int, width: int) -> nn.Sequential:
-    """REPA's projection head: three linear layers with SiLU between, D -> F."""
-    return nn.Sequential(
-        nn.Linear(hidden_size, projector_dim),
-        nn.SiLU(),
-        nn.Linear(projector_dim, projector_dim),
-        nn.SiLU(),
-        nn.Linear(projector_dim, width),
-    )
 
 
 class LatentNorm(nn.BatchNorm2d):
@@ -341,7 +349,7 @@ def build_sit(model: str, latent_shape: tuple[int, int, int], *, encoder_depth: 
         InputError: the preset does not fit; the message names the flag.
     """
     channels, height, width = latent_shape
-    size, patch_size = model.removeprefix("SiT-").split("/")
+    size, patch_size = model.partition("-")[2].split("/")
     if height != width or height % int(patch_size):
         raise InputError(f"--model: {model} was given, whose patch does not divide latents of {height} x {width}")
     depth = SIT_SIZES[size]["depth"]
@@ -350,8 +358,15 @@ def build_sit(model: str, latent_shape: tuple[int, int, int], *, encoder_depth: 
     return SiT_models[model](input_size=height, in_channels=channels, encoder_depth=encoder_depth, **config)
 
 
-def _preset(size: str, patch_size: int):
-    return partial(SiT, patch_size=patch_size, **SIT_SIZES[size])
+def _presets(name: str, sizes: Iterable[str], patches: Iterable[int], **config) -> dict[str, partial]:
+    return {
+        f"{name}-{size}/{patch}": partial(SiT, patch_size=patch, **SIT_SIZES[size], **config)
+        for size in sizes
+        for patch in patches
+    }
 
 
-SiT_models = {f"SiT-{size}/{patch}": _preset(size, patch) for size in SIT_SIZES for patch in (1, 2, 4, 8)}
+SiT_models = {
+    **_presets("SiT", SIT_SIZES, (1, 2, 4, 8)),
+    **_presets("LightningDiT", ("T", "B", "L", "XL"), (1, 2), lightning=True),
+}

@@ -39,6 +39,7 @@ __all__ = [
     "latent_shape",
     "latent_statistics",
     "load_vae",
+    "read_latent_statistics",
     "require_trainable",
     "vae_by_shape",
     "vae_config",
@@ -84,6 +85,22 @@ def _load(path: Path, arch: str, wanted: str, flags: tuple[str, str], say: Say) 
     if path.is_file():
         return _load_file(path, arch, wanted, say)
     return load_folder(hub_folder(str(path), say), arch, wanted, say)
+
+
+def starting_vae(arch: str, path: str, *, say: Say) -> AutoencoderKL:
+    """The VAE that joint training starts from: of `load_vae`, or for `none` with fresh weights (REPA-E's table 8).
+
+    Raises:
+        InputError: as `load_vae`; one that cannot be trained; fresh weights of no named architecture.
+    """
+    if path.lower() == "none":
+        if arch == "auto":
+            raise InputError("--vae: auto was given; with --vae-ckpt none it must name an architecture")
+        say(f"--vae-ckpt none: the VAE ({arch}) starts from fresh weights")
+        return build_vae(arch)
+    vae = load_vae(arch, path, say=say)
+    require_trainable(vae)
+    return vae
 
 
 def vae_by_shape(
@@ -140,7 +157,8 @@ def latent_statistics(
 ) -> tuple[Tensor, Tensor] | None:
     """Stored scale (1 / std) and bias (mean) of the latents, each float32 (1, C, 1, 1); None where none are stored.
 
-    They are looked for in `<name>-latents-stats.pt` beside a file `<name>.pt`, then in the VAE itself: `latents_mean`
+    They are looked for in `<name>-latents-stats.pt` (`read_latent_statistics`) beside a file `<name>.pt`, then in the
+    VAE itself: `latents_mean`
     and `latents_std` in the configuration of a diffusers folder, or FLUX.2's BatchNorm. The one `scaling_factor` of a
     configuration does not count: it is no statistic of each channel, and most folders carry the default, which is
     another VAE's.
@@ -153,26 +171,39 @@ def latent_statistics(
     stored = path.with_name(f"{path.stem}-latents-stats.pt")
     if path.is_file() and stored.is_file():
         with about(flag):
-            values = read_torch_file(stored)
-        if not {"latents_scale", "latents_bias"} <= values.keys():
-            raise InputError(f"{flag}: {stored} lacks 'latents_scale' and 'latents_bias'")
-        scale, bias = values["latents_scale"], values["latents_bias"]
-    else:
-        stored = path
-        try:
-            of_vae = kind_of(vae).statistics(vae)
-        except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # whatever the configuration holds
-            raise InputError(f"{flag}: {stored} has latent statistics that are no numbers ({error})") from None
-        if of_vae is None:
-            return None
-        bias, scale = of_vae[0], 1.0 / of_vae[1]
+            return read_latent_statistics(stored, vae)
+    try:
+        of_vae = kind_of(vae).statistics(vae)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # whatever the configuration holds
+        raise InputError(f"{flag}: {path} has latent statistics that are no numbers ({error})") from None
+    if of_vae is None:
+        return None
+    with about(flag):
+        return _checked_statistics(1.0 / of_vae[1], of_vae[0], path, vae)
 
+
+def read_latent_statistics(path: str | Path, vae: AutoencoderKL) -> tuple[Tensor, Tensor]:
+    """Scale and bias of `latent_statistics`, of a file with `latents_scale` and `latents_bias`, or with LightningDiT's
+    `mean` and `std`.
+
+    Raises:
+        InputError: unreadable, of another channel count, or not positive and finite.
+    """
+    values = read_torch_file(path)
+    if {"mean", "std"} <= values.keys() and isinstance(values["std"], Tensor):
+        return _checked_statistics(1.0 / values["std"], values["mean"], path, vae)
+    if not {"latents_scale", "latents_bias"} <= values.keys():
+        raise InputError(f"{path} lacks 'latents_scale' and 'latents_bias'")
+    return _checked_statistics(values["latents_scale"], values["latents_bias"], path, vae)
+
+
+def _checked_statistics(scale, bias, stored: str | Path, vae: AutoencoderKL) -> tuple[Tensor, Tensor]:
     if not (isinstance(scale, Tensor) and isinstance(bias, Tensor)):
-        raise InputError(f"{flag}: {stored} has latent statistics that are no tensors")
+        raise InputError(f"{stored} has latent statistics that are no tensors")
     channels = latent_channels(vae)
     scale, bias = (value.float().reshape(1, -1, 1, 1) for value in (scale, bias))
     if scale.shape[1] != channels or bias.shape[1] != channels:
-        raise InputError(f"{flag}: {stored} has statistics of {scale.shape[1]} channels; the VAE has {channels}")
+        raise InputError(f"{stored} has statistics of {scale.shape[1]} channels; the VAE has {channels}")
     if not (torch.isfinite(scale).all() and torch.isfinite(bias).all() and (scale > 0).all()):
-        raise InputError(f"{flag}: {stored} has a latent scale that is not positive, or a value that is not finite")
+        raise InputError(f"{stored} has a latent scale that is not positive, or a value that is not finite")
     return scale, bias

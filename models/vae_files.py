@@ -46,6 +46,11 @@ def vae_sha256(path: str | Path, vae: torch.nn.Module) -> str:
     """Checksum of the VAE's file; of a folder or hub name, of the weights (an AutoencoderKL's in LDM order)."""
     if Path(path).is_file():
         return sha256(path)
+    return weights_sha256(vae)
+
+
+def weights_sha256(vae: torch.nn.Module) -> str:
+    """Checksum of a VAE's weights, wherever they came from."""
     digest = hashlib.sha256()
     for tensor in (to_ldm(vae) if type(vae) is AutoencoderKL else vae.state_dict()).values():
         digest.update(tensor.cpu().contiguous().numpy())

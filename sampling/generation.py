@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from diffusers import AutoencoderKL
@@ -30,9 +31,11 @@ class SamplerConfig:
     mode: str = "ode"  # or "sde"
     heun: bool = False
     num_steps: int = 50
+    time_shift: float = 1.0  # of the grid of times
     path_type: str = "linear"
     guidance_scale: float = 1.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_channels: int | None = None  # the first, which alone are guided; None: all
     precision: str = "fp32"  # of SiT: "bf16" and "fp16" are autocast, "tf32" is float32 as far as this module goes
 
     def nfe(self) -> int:
@@ -48,6 +51,7 @@ def sample_latents(
     seed: int,
     sampler: SamplerConfig,
     watch: Callable[[int, Tensor], None] | None = None,
+    guide: SiT | None = None,
 ) -> Tensor:
     """Normalised latents x_0 (B, C, h, w) float64 of the samples with these numbers.
 
@@ -59,6 +63,7 @@ def sample_latents(
         indices: sample numbers.
         labels: (B,) int64 on the network's device.
         watch: is told the number of the evaluation of the network, from 0, and x_t (B, C, h, w) float32 there.
+        guide: a weaker network of the same latents, for autoguidance in place of classifier-free guidance.
     """
     shape = (sit.in_channels, sit.grid * sit.patch_size, sit.grid * sit.patch_size)
     device = sit.pos_embed.device
@@ -68,17 +73,23 @@ def sample_latents(
     def draw(purpose: str) -> Tensor:
         return to_device(sample_normal(seed, purpose, indices, shape), device)
 
+    def evaluate(network: SiT, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+            return network(x_t, t, y)[0].float()
+
     def velocity(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         if watch is not None:
             watch(next(evaluations), x_t[: len(labels)])
-        with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
-            return sit(x_t, t, y)[0].float()
+        return evaluate(sit, x_t, t, y)
 
     common = dict(
         num_steps=sampler.num_steps,
+        time_shift=sampler.time_shift,
         guidance_scale=sampler.guidance_scale,
         guidance_interval=sampler.guidance_interval,
         null_label=sit.null_label,
+        guidance_channels=sampler.guidance_channels,
+        guide=None if guide is None else partial(evaluate, guide),
     )
     if sampler.mode == "sde":
         return euler_maruyama(
@@ -130,6 +141,7 @@ def trajectory(
     *,
     shown: int,
     frames: int = 9,
+    guide: SiT | None = None,
 ) -> Tensor:
     """The first samples of a batch on their way, uint8 (shown, frames, 3, H, W) on the CPU.
 
@@ -146,7 +158,7 @@ def trajectory(
         if evaluation in chosen:
             states.append(x_t)
 
-    states.append(sample_latents(sit, indices, labels, seed, sampler, watch))
+    states.append(sample_latents(sit, indices, labels, seed, sampler, watch, guide))
     return torch.stack([decode_latents(vae, x_t, *latent_stats)[:shown].cpu() for x_t in states], dim=1)
 
 

@@ -17,9 +17,11 @@ from torch import Tensor
 from configs.arguments import generate_parser
 from configs.parsing import flag_of
 from dataset.classes import class_ranges
+from models.interpolant import resolve_time_shift, time_shift_notes
 from models.sit import SiT
 from models.vae_files import vae_sha256
 from sampling.generation import AUTOCAST, SamplerConfig, decode_latents, sample_latents, trajectory
+from sampling.guide import load_guide
 from sampling.labels import LabelScheme, label_scheme, seen_classes
 from sampling.trained import TrainedRun
 from utils.background import HostCopy, to_device
@@ -32,6 +34,8 @@ FREE = {
     "preset",
     "exp_path",
     "train_steps",
+    "guide_exp_path",
+    "guide_train_steps",
     "vae_ckpt",
     "label_file",
     "sample_dir",
@@ -58,6 +62,7 @@ class SamplingJob:
         sampler: how a sample is drawn.
         labels: the label of every sample.
         notes: what was chosen without being asked for; they are said at the start and recorded.
+        guide: a weaker run of the same latents that guides the samples; None: classifier-free guidance, if any.
     """
 
     args: argparse.Namespace
@@ -65,6 +70,17 @@ class SamplingJob:
     sampler: SamplerConfig
     labels: LabelScheme
     notes: list[str]
+    guide: TrainedRun | None = None
+
+    @property
+    def networks(self) -> list[SiT]:
+        """That of the run, and the guide's."""
+        return [run.sit for run in (self.trained, self.guide) if run is not None]
+
+    def to(self, device: torch.device) -> None:
+        self.trained.to(device)
+        for network in self.networks:
+            network.to(device)
 
     def begin(self, indices: range, watch: Callable[[int, Tensor], None] | None = None) -> Callable[[], np.ndarray]:
         """Give the device the work of drawing these sample numbers; on CUDA nothing here waits for it.
@@ -77,7 +93,7 @@ class SamplingJob:
             finite.
         """
         sit, vae, latent_stats, *numbers = self._drawn(indices)
-        x_0 = sample_latents(sit, *numbers, watch)
+        x_0 = sample_latents(sit, *numbers, watch, *self.networks[1:])
         finite = HostCopy(x_0.isfinite().all())
         images = HostCopy(decode_latents(vae, x_0, *latent_stats).permute(0, 2, 3, 1).contiguous())
 
@@ -93,7 +109,7 @@ class SamplingJob:
 
     def trajectory(self, indices: range, shown: int) -> Tensor:
         """The first samples of a batch on their way from noise, uint8 (shown, frames, 3, H, W)."""
-        return trajectory(*self._drawn(indices), shown=shown)
+        return trajectory(*self._drawn(indices), shown=shown, guide=self.guide and self.guide.sit)
 
     def _drawn(self, indices: range) -> tuple:
         trained = self.trained
@@ -109,6 +125,8 @@ class SamplingJob:
         checksums = {"checkpoint": sha256(trained.checkpoint)}
         if trained.vae_path is not None:
             checksums["vae"] = vae_sha256(trained.vae_path, trained.vae)
+        if self.guide is not None:
+            checksums["guide"] = sha256(self.guide.checkpoint)
         if args.label_file is not None:
             checksums["label_file"] = sha256(args.label_file)
         statistics = b"".join(values.numpy().tobytes() for values in trained.latent_stats)
@@ -132,6 +150,7 @@ class SamplingJob:
         return {
             "checkpoint": str(trained.checkpoint),
             "vae": str(trained.vae_path or "in the checkpoint"),
+            "guide": self.guide and str(self.guide.checkpoint),
             "options": vars(self.args),
             "sampler": asdict(self.sampler),
             "nfe": self.sampler.nfe(),
@@ -152,24 +171,32 @@ def sampling_job(args: argparse.Namespace, trained: TrainedRun) -> SamplingJob:
     Raises:
         InputError: options that this model cannot serve.
     """
-    if args.cfg_scale > 1 and trained.sit.null_label is None:
+    guide = load_guide(args, trained)
+    if args.cfg_scale > 1 and guide is None and trained.sit.null_label is None:
         model_has = "which was trained without label dropping (--cfg-prob 0) and has no null label"
         raise InputError(f"--cfg-scale: {args.cfg_scale} was given; 1 is needed by this model, {model_has}")
     path_type = trained.args.get("path_type", args.path_type)
     if args.mode == "sde" and path_type != args.path_type:  # along the ODE the velocity alone counts
         raise InputError(f"--path-type: {args.path_type} was given; this model was trained with {path_type}")
+    latent_shape = trained.latent_shape
+    if (args.guidance_channels or 0) > latent_shape[0]:
+        raise InputError(f"--guidance-channels: {args.guidance_channels} was given; the latents have {latent_shape[0]}")
     sampler = SamplerConfig(
         mode=args.mode,
         heun=args.heun,
         num_steps=args.num_steps,
+        time_shift=resolve_time_shift(args.time_shift, latent_shape),
         path_type=path_type,
         guidance_scale=args.cfg_scale,
         guidance_interval=(args.guidance_low, args.guidance_high),
+        guidance_channels=args.guidance_channels,
         precision=precision_name(args),
     )
     seen = seen_classes(trained.args, trained.sit.num_classes)
     labels = label_scheme(args, trained.sit.num_classes, seen=seen, null_label=trained.sit.null_label)
-    return SamplingJob(args, trained, sampler, labels, [*trained.notes, *_notes_on_classes(labels, seen, trained.sit)])
+    notes = [*trained.notes, *time_shift_notes(args.time_shift, latent_shape)]
+    notes += [*(guide.notes if guide else ()), *_notes_on_classes(labels, seen, trained.sit)]
+    return SamplingJob(args, trained, sampler, labels, notes, guide)
 
 
 def _notes_on_classes(labels: LabelScheme, seen: np.ndarray, sit: SiT) -> list[str]:
@@ -189,6 +216,11 @@ def check_sampling_flags(args: argparse.Namespace) -> None:
         raise InputError(
             f"--guidance-low: {args.guidance_low} was given; less than --guidance-high ({args.guidance_high}) is needed"
         )
+    for flag in ("guide_exp_path", "guidance_channels"):
+        if getattr(args, flag) is not None and args.cfg_scale == 1:
+            raise InputError(f"{flag_of(flag)} was given, but --cfg-scale 1 switches guidance off")
+    if args.guide_train_steps is not None and args.guide_exp_path is None:
+        raise InputError("--guide-train-steps goes with --guide-exp-path, which was not given")
     if args.mode == "sde" and args.heun:
         raise InputError("--heun goes with --mode ode, not with --mode sde")
     if args.mode == "sde" and args.num_steps < 2:
@@ -214,7 +246,7 @@ def precision_name(args: argparse.Namespace) -> str:
 # What the result is called
 
 
-def output_name(args: argparse.Namespace, trained: TrainedRun) -> str:
+def output_name(args: argparse.Namespace, trained: TrainedRun, guide: TrainedRun | None = None) -> str:
     """`<run>_<step>_cfg<scale>-<low>-<high>`, with a suffix for every other option that is not the default.
 
     Of the options on which the bytes depend, --pproc-batch-size alone is left out: it moves a level in ten thousand.
@@ -227,6 +259,8 @@ def output_name(args: argparse.Namespace, trained: TrainedRun) -> str:
     for name, form in _SUFFIXES.items():
         if name in changed:
             parts.append(form.format(changed[name]))
+    if guide is not None:
+        parts.append(f"guide-{guide.name}_{guide.step:07d}")
     if precision_name(args) != "tf32":
         parts.append(precision_name(args))
     if args.compile:
@@ -245,6 +279,8 @@ def output_name(args: argparse.Namespace, trained: TrainedRun) -> str:
 
 _SUFFIXES = {
     "num_steps": "steps{}",
+    "time_shift": "shift{}",
+    "guidance_channels": "channels{}",
     "global_seed": "seed{}",
     "num_fid_samples": "n{}",
     "label_sampling": "{}",

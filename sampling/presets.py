@@ -39,6 +39,7 @@ def changed_options(args: argparse.Namespace) -> dict[str, object]:
     """
     default, options = generate_parser().get_default, PRESETS[args.preset].options
     counting = vars(args).keys() - FREE - {"pproc_batch_size"} | {"exp_path", "tf32", "vae_ckpt", "label_file"}
+    counting |= {"guide_exp_path", "guide_train_steps"}
     counting |= set() if args.train_steps is None else {"train_steps"}  # None: the latest, of another run
     return {
         flag_of(name): value

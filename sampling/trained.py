@@ -10,8 +10,15 @@ from torch import Tensor
 
 from dataset.latents import difference
 from models.sit import SIT_SIZES, SiT
-from models.sit_files import config_of_state_dict, find_sit_state, latent_stats_of
-from models.vae import downsampling, latent_channels, latent_statistics, load_vae, vae_models
+from models.sit_files import SWIGLU, config_of_state_dict, find_sit_state, latent_stats_of
+from models.vae import (
+    downsampling,
+    latent_channels,
+    latent_statistics,
+    load_vae,
+    read_latent_statistics,
+    vae_models,
+)
 from models.vae_files import vae_of_checkpoint
 from models.vae_names import is_hub_name
 from utils.checkpoint import read_checkpoint
@@ -53,6 +60,12 @@ class TrainedRun:
     def resolution(self) -> int:
         """Side of the images, in pixels."""
         return self.sit.grid * self.sit.patch_size * downsampling(self.vae)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w)."""
+        side = self.sit.grid * self.sit.patch_size
+        return self.sit.in_channels, side, side
 
     def to(self, device: torch.device) -> None:
         self.sit.to(device)
@@ -202,6 +215,13 @@ def _latent_stats(
             return own, []
         return own, [f"the latent statistics of {path} count; those stored with {vae_path} differ {apart}"]
 
+    # LightningDiT's lie beside its file.
+    beside = path.with_name("latents_stats.pt")
+    if SWIGLU in state and beside.is_file():
+        with about("--exp-path"):
+            own = read_latent_statistics(beside, vae)
+        return own, [f"{path} carries no latent statistics: those of {beside} are used"]
+
     # REPA's and the original SiT carry none. On SD-VAE they are trained under its one scale, whatever lies beside it.
     if latent_channels(vae) == SD_VAE_CHANNELS:
         ones = torch.ones(1, SD_VAE_CHANNELS, 1, 1)
@@ -210,5 +230,6 @@ def _latent_stats(
         apart = None if stored is None else difference(sd_vae, stored)
         return sd_vae, [note if apart is None else f"{note}; those stored with {vae_path} differ {apart}"]
     if stored is None:
-        raise InputError(f"--vae-ckpt: neither {path} nor {vae_path} carries latent statistics")
+        more = f"; {beside.name} of LightningDiT belongs beside the former" if SWIGLU in state else ""
+        raise InputError(f"--vae-ckpt: neither {path} nor {vae_path} carries latent statistics{more}")
     return stored, [f"{path} carries no latent statistics: those stored with {vae_path} are used"]

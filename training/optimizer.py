@@ -1,11 +1,12 @@
 """One network's optimiser: AdamW, clipping, and under fp16 a gradient scaler of its own."""
 
 import argparse
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor, nn
 
+from training.schedule import CONSTANT, Schedule, learning_rate_schedule
 from utils.errors import InputError
 
 
@@ -21,6 +22,7 @@ class Optimizer:
         lr, betas, eps, weight_decay: AdamW's.
         max_grad_norm: gradients are clipped to this total norm.
         scale_loss: whether to scale losses against fp16 underflow.
+        schedule: the share of `lr` at each step (`set_learning_rates`).
     """
 
     def __init__(
@@ -33,10 +35,11 @@ class Optimizer:
         weight_decay: float,
         max_grad_norm: float,
         scale_loss: bool,
+        schedule: Schedule = CONSTANT,
     ):
         self.names = [name for name, _ in parameters]
         self.parameters = [parameter for _, parameter in parameters]
-        self.max_grad_norm = max_grad_norm
+        self.lr, self.schedule, self.max_grad_norm = lr, schedule, max_grad_norm
         device = self.parameters[0].device.type
         # On CUDA fused: there a bad gradient skips the step on the device, without a look at it from the host.
         fused = device == "cuda" or None
@@ -111,14 +114,35 @@ def _reshaped(entry: dict, shape: torch.Size) -> dict:
 
 
 def adamw_settings(args: argparse.Namespace, *, scale_loss: bool) -> dict:
-    """What the optimisers of a run have in common; the learning rates differ."""
+    """What the optimisers of a run have in common; the learning rates differ, but move alike.
+
+    Raises:
+        InputError: a schedule whose flags do not go together.
+    """
     return dict(
         betas=(args.adam_beta1, args.adam_beta2),
         eps=args.adam_epsilon,
         weight_decay=args.adam_weight_decay,
         max_grad_norm=args.max_grad_norm,
         scale_loss=scale_loss,
+        schedule=learning_rate_schedule(args),
     )
+
+
+def set_learning_rates(optimizers: Iterable[Optimizer], step: int) -> dict[str, Tensor]:
+    """Give every optimiser its learning rate of this step, counted from 0.
+
+    Returns:
+        `lr` for the log, that of the first optimiser, on its device; nothing where the rates stay as they are.
+    """
+    first, *_ = optimizers = list(optimizers)
+    if not first.schedule.moves:
+        return {}
+    for optimizer in optimizers:
+        for group in optimizer.adamw.param_groups:
+            group["lr"] = optimizer.lr * optimizer.schedule(step)
+    # Filled there: a copy would make the host wait for the device.
+    return {"lr": torch.full((), first.lr * first.schedule(step), device=first.parameters[0].device)}
 
 
 def checkpoint_entries(optimizers: dict[str, Optimizer], shapes: dict[str, dict[str, torch.Size]]) -> dict:

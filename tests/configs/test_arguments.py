@@ -120,7 +120,7 @@ def test_a_mistyped_flag_is_one_line(parser, capsys):
 
 
 # Values of flags that are free text and no path; names of encoders may hold one.
-NAMES = {"exp_name", "resume", "vae_latents_name", "vae_name", "train_steps", "classes"}
+NAMES = {"exp_name", "resume", "vae_latents_name", "vae_name", "train_steps", "guide_train_steps", "classes"}
 ENCODERS = {"enc_type", "features", "eval_features"}
 
 

@@ -13,14 +13,7 @@ from training.window import SPEEDS
 
 OF_ONE_RUN = ("log.txt",)  # its lines carry the time
 # What is to be mended: a pattern of the fault's line, and where.
-KNOWN = {
-    r"^preprocessing: code 2, .* holds images.npy": "dataset/preprocess.py: killed between its files' last renames",
-    r"^preprocessing: left over: .*\.tmp-": "dataset/preprocess.py",
-    r"^preprocessing: \d+ helper processes": "dataset/preprocess.py: its pool outlives a main process that is killed",
-    r"^train_\w+: missing: run/samples/": "training/run.py: killed between a checkpoint and the pictures of its step",
-    r"^train_\w+: left over: run/samples/.*\.tmp-": "training/run.py: the same",
-    r"^train_\w+: code 2, .*run exists already": "training/run_folder.py: killed before the first args.json",
-}
+KNOWN: dict[str, str] = {}
 GROWING = (".jsonl", ".txt")
 OF_ONE_JOB = ("drawn", "finished", "seconds", "images_per_second")  # of generate.py's record
 

@@ -79,9 +79,10 @@ def test_position_table_is_the_public_one():
     close(sincos_positions(meta["config"]["hidden_size"], 4), arrays["pos_embed"], 1e-7)
 
 
-def test_config_is_read_back_from_shapes():
+@pytest.mark.parametrize("blocks", [dict(qk_norm=True), dict(lightning=True), dict(qk_norm=True, lightning=True)])
+def test_config_is_read_back_from_shapes(blocks):
     config = dict(input_size=8, patch_size=2, in_channels=4, num_classes=10, class_dropout_prob=0.0)
-    config |= dict(hidden_size=192, depth=6, num_heads=3, qk_norm=True, mlp_ratio=4.0)
+    config |= dict(hidden_size=192, depth=6, num_heads=4, qk_norm=False, mlp_ratio=4.0, lightning=False) | blocks
     config |= dict(z_dims=[16, 24], projector_dim=32)
     state = SiT(encoder_depth=2, **config).state_dict()
     read = config_of_state_dict(state, num_classes=10)

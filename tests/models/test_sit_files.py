@@ -1,10 +1,13 @@
-"""SiT's weights as they are found: the original SiT's convention, REPA's files, another grid, a start from an LDM."""
+"""SiT's weights as they are found: the original SiT's convention, LightningDiT's and REPA's files, another grid, a
+start from an LDM."""
 
 import pytest
 import torch
 
 from models.sit import SiT, sincos_positions
 from models.sit_files import config_of_state_dict, find_sit_state, fit_positions, load_sit, start_from
+from tests.support.golden_data import close, load
+from tests.support.golden_lightning import ABS, REL, build
 from tests.support.sampling import random_sit
 from utils.errors import InputError
 
@@ -38,24 +41,75 @@ def test_the_original_sit_becomes_ours_with_time_and_velocity_turned(sit):
     assert len(notes) == 1 and "the original SiT's" in notes[0]
 
 
+@pytest.fixture(scope="module")
+def lightning():
+    """A LightningDiT with weights as theirs: a function of their time."""
+    return build(load("options/ldit_net")[1]["cases"]["full"]).eval()
+
+
+def without_bn(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in state.items() if not key.startswith("bn.")}
+
+
+@torch.no_grad()
+def test_lightning_dit_becomes_ours_with_time_and_velocity_turned_once(lightning):
+    theirs, (arrays, _) = without_bn(lightning.state_dict()), load("options/ldit_net")
+    other = {key: value + 1 for key, value in theirs.items()}
+    arguments = [torch.from_numpy(arrays[f"full.{key}"]) for key in ("in.x", "ours.t", "in.y")]
+    for contents, said in (
+        ({"model": other, "ema": theirs, "opt": {}, "config": {}}, 1),
+        ({"model": theirs, "config": {}}, 2),  # no average: said
+        (theirs, 1),
+        ({f"module.{key}": value for key, value in theirs.items()}, 1),
+    ):
+        state, notes = find_sit_state(contents, "lightningdit-xl-imagenet256-64ep.pt")
+        assert len(notes) == said and "LightningDiT's, whose t = 1 is data" in notes[-1]
+        ours = SiT(**config_of_state_dict(state)).eval()
+        ours.load_state_dict(state, strict=False)
+        close(ours(*arguments)[0], arrays["full.ours.velocity"], REL, ABS)
+
+    # What training here made has a normaliser: it is ours already.
+    own = ours.state_dict()
+    state, notes = find_sit_state({"ema": own, "model": own}, "x.pt")
+    assert notes == [] and all(torch.equal(state[key], own[key]) for key in own)
+
+
+def test_lightning_dit_of_other_positions_is_refused(lightning):
+    theirs = without_bn(lightning.state_dict())
+    halves = theirs["feat_rope.freqs_cos"].unflatten(1, (2, -1)).flip(1).flatten(1)  # columns, then rows
+    with pytest.raises(InputError, match=r"x\.pt: feat_rope\.freqs_cos is not the table of rotary positions"):
+        find_sit_state(theirs | {"feat_rope.freqs_cos": halves}, "x.pt")
+    with pytest.raises(InputError, match="heads of 10 channels, which 48 do not make"):
+        find_sit_state(theirs | {"feat_rope.freqs_cos": torch.zeros(16, 10)}, "x.pt")
+    with pytest.raises(InputError, match="holds no 'model', the weights that were asked for"):
+        find_sit_state({"ema": theirs}, "x.pt", ema=False)
+
+
+def test_rotary_positions_are_made_for_another_grid(lightning):
+    larger = SiT(**config_of_state_dict(lightning.state_dict()) | {"input_size": 8})
+    before = larger.feat_rope.freqs_cos.clone()
+    (note,) = load_sit(larger, lightning.state_dict(), "x.pt: model")
+    assert "4 x 4 tokens become 8 x 8" in note and torch.equal(larger.feat_rope.freqs_cos, before)
+
+
 def test_weights_are_found_in_every_wrapping(sit):
     own = sit.state_dict()
-    without_bn = {key: value for key, value in own.items() if not key.startswith("bn.")}  # REPA's
-    other = {key: value + 1 for key, value in without_bn.items()}
+    repas = without_bn(own)
+    other = {key: value + 1 for key, value in repas.items()}
     decoder = {
         f"decoder_{key.replace('blocks.1', 'blocks.0')}" if key.startswith("blocks.1.") else key: value
-        for key, value in without_bn.items()
+        for key, value in repas.items()
     }
     for contents in (
-        {"ema": without_bn, "model": other, "steps": 5},
-        without_bn | {"args": {}},
-        {f"module.{key}": value for key, value in without_bn.items()},
-        {"ema": {f"_orig_mod.module.{key}": value for key, value in without_bn.items()}},
+        {"ema": repas, "model": other, "steps": 5},
+        repas | {"args": {}},
+        {f"module.{key}": value for key, value in repas.items()},
+        {"ema": {f"_orig_mod.module.{key}": value for key, value in repas.items()}},
         decoder,  # REPA's first release counted the blocks after the alignment anew
     ):
         state, notes = find_sit_state(contents, "x.pt")
-        assert state.keys() == without_bn.keys() and notes == []
-        assert all(torch.equal(state[key], without_bn[key]) for key in state)
+        assert state.keys() == repas.keys() and notes == []
+        assert all(torch.equal(state[key], repas[key]) for key in state)
     assert torch.equal(
         find_sit_state({"ema": own, "model": other}, "x.pt", ema=False)[0]["pos_embed"], other["pos_embed"]
     )

@@ -244,11 +244,17 @@ def test_statistics_stored_beside_the_vae_are_found(saved, tmp_path):
     vae = load_vae(TINY, lonely)
     assert latent_statistics(lonely, vae) is None
 
+    theirs = {"mean": bias, "std": 1 / scale}  # LightningDiT's latents_stats.pt
+    torch.save(theirs, tmp_path / "lonely-latents-stats.pt")
+    found = latent_statistics(lonely, vae)
+    torch.testing.assert_close(found, (scale, bias))
+
     wide = {"latents_scale": torch.ones(1, 32, 1, 1), "latents_bias": torch.ones(32)}
     for message, contents in {
         "statistics of 32 channels; the VAE has 4": wide,
         "not positive": {"latents_scale": torch.zeros(1, 4, 1, 1), "latents_bias": torch.ones(1, 4, 1, 1)},
         "lacks 'latents_scale'": {"scale": torch.ones(4)},
+        "no tensors": theirs | {"mean": 0.0},
     }.items():
         torch.save(contents, tmp_path / "lonely-latents-stats.pt")
         with pytest.raises(InputError, match=message):

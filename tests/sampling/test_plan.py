@@ -1,7 +1,7 @@
 import pytest
 
 from sampling.generation import SamplerConfig
-from sampling.plan import GUIDED, PLAIN, evaluations
+from sampling.plan import GUIDE, GUIDED, PLAIN, evaluations
 
 
 @pytest.mark.parametrize(
@@ -22,3 +22,8 @@ def test_evaluations_are_those_of_the_sampler(options, plain, guided):
     counted = evaluations(sampler)
     assert (counted[PLAIN], counted[GUIDED]) == (plain, guided)
     assert counted.total() == sampler.nfe()
+
+
+def test_a_guide_is_evaluated_beside_the_network_where_samples_are_guided():
+    sampler = SamplerConfig(num_steps=10, guidance_scale=2.0, guidance_interval=(0.0, 0.5))
+    assert evaluations(sampler, guide=True) == {PLAIN: 10, GUIDE: 5}

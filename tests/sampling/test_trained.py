@@ -5,7 +5,10 @@ import argparse
 import pytest
 import torch
 
+from models.sit import SiT
 from sampling.trained import load_trained
+from tests.support.golden_data import close, load
+from tests.support.golden_lightning import build
 from tests.support.refusals import refusal
 from tests.support.sampling import draw
 from utils.errors import InputError
@@ -81,6 +84,53 @@ def test_repas_and_the_original_sits_checkpoints_are_sampled(exps, tmp_path):
     assert job.npz.name.startswith("last_0000000_cfg1.5") and len(job.record["notes"]) == 1
     with pytest.raises(InputError, match="--train-steps: 7 was given"):
         load_trained(tmp_path / "last.pt", "7")
+
+
+@torch.no_grad()
+def test_lightning_dit_is_sampled_as_its_own_code_does(exps, tmp_path):
+    """Their inference.py run whole: the file, its statistics, Euler on their grid, guidance on three channels."""
+    arrays, meta = load("options/ldit_data")
+    facts = meta["inference"]
+    network = {key: value for key, value in build(facts).state_dict().items() if not key.startswith("bn.")}
+    torch.save({"model": {}, "ema": network, "opt": {}, "config": {}}, tmp_path / "lightningdit.pt")
+    torch.save(
+        {key: torch.from_numpy(arrays[f"stats.{key}"]) for key in ("mean", "std")}, tmp_path / "latents_stats.pt"
+    )
+    trained = load_trained(tmp_path / "lightningdit.pt", vae_ckpt=exps / "vae" / "vae.pt")
+    for value, key in zip(trained.latent_stats, ("scale", "bias"), strict=True):
+        close(value, arrays[f"ours.latents_{key}"], 1e-6)
+    assert "LightningDiT's, whose t = 1 is data" in trained.notes[0] and len(trained.notes) == 2
+    assert str(tmp_path / "latents_stats.pt") in trained.notes[1] and trained.name == "lightningdit"
+
+    # s from 0 (noise) to 1 by their formula; our network gets t = 1 - s, and its velocity points the other way.
+    x, labels = (torch.from_numpy(arrays[f"inference.in.{key}"]) for key in ("latents", "y"))
+    s = torch.linspace(0, 1, facts["points"])
+    s = facts["shift"] * s / (1 + (facts["shift"] - 1) * s)
+    for i, call in enumerate(facts["network_calls"]):
+        assert call["labels"] == [*labels, *[trained.sit.null_label] * len(labels)]
+        t = torch.full((len(x),), 1 - s[i])
+        velocity = trained.sit(x, t, labels)[0]
+        if s[i] >= facts["start"]:
+            null = trained.sit(x, t, torch.full_like(labels, trained.sit.null_label))[0]
+            velocity[:, :3] = (null + facts["scale"] * (velocity - null))[:, :3]
+        x = x - (s[i + 1] - s[i]) * velocity
+    scale, bias = trained.latent_stats
+    close(x / scale + bias, arrays["inference.decoded_latents"], 1e-5, 1e-7)
+
+
+def test_lightning_dits_statistics_are_those_beside_it(exps, tmp_path):
+    """Then SD-VAE's scale, as for SiT; one line says where a wider VAE's belong, and what is wrong with a file."""
+    sit = SiT(input_size=6, hidden_size=48, depth=1, encoder_depth=1, num_heads=3, z_dims=(), lightning=True)
+    torch.save({key: value for key, value in sit.state_dict().items() if key[:3] != "bn."}, tmp_path / "ldit.pt")
+    vae = exps / "vae" / "vae.pt"
+    trained = load_trained(tmp_path / "ldit.pt", vae_ckpt=vae)
+    assert torch.equal(trained.latent_stats[0], torch.full((1, 4, 1, 1), 0.18215))
+    torch.save({"mean": torch.zeros(1, 4, 1, 1), "std": torch.zeros(1, 4, 1, 1)}, tmp_path / "latents_stats.pt")
+    assert refusal(load_trained, tmp_path / "ldit.pt", vae_ckpt=vae).startswith(f"--exp-path: {tmp_path}")
+    torch.save({"mean": torch.ones(1, 4, 1, 1), "std": torch.full((1, 4, 1, 1), 4.0)}, tmp_path / "latents_stats.pt")
+    assert load_trained(tmp_path / "ldit.pt", vae_ckpt=vae).latent_stats[0].unique() == 0.25
+    job = draw(exps, tmp_path / "s", tmp_path / "ldit.pt", vae_ckpt=vae)
+    assert job.npz.name.startswith("ldit_0000000_cfg1.5") and len(job.record["notes"]) == 2
 
 
 def test_a_vae_that_the_args_name_is_no_flag_that_somebody_gave(exps, tmp_path):

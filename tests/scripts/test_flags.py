@@ -22,7 +22,7 @@ from tests.support.evaluation_data import TinyInception
 MODULES = (train_repae, train_ldm_only, train_vae, cache_latents, save_vae_weights, generate, evaluate, preprocessing)
 MAIN = {f"{module.__name__}.py": module.main for module in MODULES}
 PUBLIC = {"prediction": "has one choice, v", "wandb_history_path": "is unused in the public code too"}
-UNREAD = {"train_repae.py": PUBLIC, "train_ldm_only.py": PUBLIC}
+UNREAD = {"train_repae.py": PUBLIC | {"proj_until": "is refused"}, "train_ldm_only.py": PUBLIC}
 # They compare flags with their defaults, to refuse those that the others leave without a meaning: not a use of them.
 REFUSALS = ("check_flags", "check_evaluation_flags", "check_sampling_flags")
 
@@ -63,7 +63,7 @@ def command_lines(script: str, place, exps, output) -> list[list[str]]:
     images = dict(reconstruct=True, vae_ckpt=place.vae, data_dir=place.data)
     for i in range(2):
         Image.fromarray(np.full((30, 40, 3), 40 * i, np.uint8)).save(output / f"{i}.png")
-    samples = dict(num_fid_samples=8, evaluate=place.data, overwrite=True)
+    samples = dict(num_fid_samples=8, evaluate=place.data, overwrite=True, guide_exp_path=exps / "swapped")
     sets = dict(samples=place.data, reference=place.data, save_stats=output / "s.npz", overwrite=True)
     (output / "s.npz").touch()
     checkpoint = exps / "repae" / "checkpoints" / "0000007.pt"

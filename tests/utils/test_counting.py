@@ -160,6 +160,10 @@ def test_a_forward_pass_keeps_what_it_keeps_on_cuda():
     for build, shapes in (
         (lambda: TrainableVAE(build_vae(convolutional)), [(2, 3, 64, 64), (2, 4, 16, 16)]),
         (lambda: SiTBlock(48, 3, 4.0, qk_norm=True, fused_attn=False), [(2, 16, 48), (2, 48)]),
+        (
+            lambda: SiTBlock(48, 3, 4.0, qk_norm=True, fused_attn=False, lightning=True),
+            [(2, 16, 48), (2, 48), (16, 16), (16, 16)],
+        ),
     ):
         with torch.device("meta"):
             networks = build(), build()
