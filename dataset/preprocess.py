@@ -68,6 +68,8 @@ def check_output(output: Path, root: Path, overwrite: bool) -> None:
     if output.resolve() == root.resolve():
         raise InputError(f"--output-path: {output} is the folder of the images; another one is needed")
     JobLock(output / _LOCK).require_free(_at_work(output))
+    if (output / "dataset.json").exists() and not (output / f"images.npy{_PART}").exists():
+        (output / _JOURNAL).unlink(missing_ok=True)  # of a job that was killed after its last file had its name
     _require_no_data(output, overwrite)
 
 
