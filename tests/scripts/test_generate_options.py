@@ -157,7 +157,7 @@ def test_a_public_checkpoint_needs_no_encoder(exps, tmp_path, monkeypatch):
         ("repae", dict(label_file="{folder}/empty.txt"), ["--label-file: {folder}/empty.txt", "at least 20"]),
         ("repae", dict(label_file="{folder}/short.npy"), ["--label-file: {folder}/short.npy", "(19,)", "at least 20"]),
         ("repae", dict(label_file="{folder}/real.npy"), ["--label-file: {folder}/real.npy", "float64"]),
-        ("repae", dict(label_file="{folder}/pickled.npy"), ["--label-file: {folder}/pickled.npy: damaged or not a .npy array"]),
+        ("repae", dict(label_file="{folder}/pickled.npy"), ["{folder}/pickled.npy: damaged or not a .npy array"]),
         ("repae", dict(label_file="{folder}/high.npy"), ["--label-file: class 10 was asked for"]),
         ("repae", dict(label_file="{folder}/low.npy"), ["--label-file: {folder}/low.npy", ">= 0"]),
         ("repae", dict(label_file="{folder}/high.npy", label_sampling="equal"), ["--label-sampling equal"]),
