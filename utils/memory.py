@@ -32,15 +32,36 @@ def forget_peak(device: torch.device) -> None:
 
 
 def free_bytes() -> float:
-    """Of the machine's memory, for this process: what Linux calls available, within its control group's limit."""
-    meminfo = Path("/proc/meminfo")
+    """Of the machine's memory, for this process: what Linux calls available, within its control groups' limits."""
+    meminfo, groups = Path("/proc/meminfo"), Path("/proc/self/cgroup")
     free = math.inf
     if meminfo.exists():
         free = int(re.search(r"MemAvailable:\s+(\d+)", meminfo.read_text())[1]) * 1024
-    limit, used = (Path("/sys/fs/cgroup", f"memory.{name}") for name in ("max", "current"))
-    if limit.exists() and (most := limit.read_text().strip()).isdecimal():
-        free = min(free, int(most) - int(used.read_text()))
-    return free
+    rooms = room_in_groups(groups.read_text(), Path("/sys/fs/cgroup")) if groups.exists() else ()
+    return min([free, *rooms])
+
+
+def room_in_groups(groups: str, root: Path) -> Iterator[int]:
+    """Bytes that control groups leave to a process, each with its parents; pages of files count as free, as they give way.
+
+    Args:
+        groups: `/proc/self/cgroup`, of version 1 or 2.
+        root: where the groups' folders are.
+    """
+    for line in groups.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            top, limit, used, prefix = root, "memory.max", "memory.current", ""
+        elif "memory" in controllers.split(","):
+            top, limit, used, prefix = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+        else:
+            continue
+        group = top / path.lstrip("/")
+        for folder in (group, *(parent for parent in group.parents if parent.is_relative_to(top))):
+            if (folder / limit).is_file() and (most := (folder / limit).read_text().strip()).isdecimal():
+                stat = dict(row.split() for row in (folder / "memory.stat").read_text().splitlines())
+                files = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active"))
+                yield int(most) - int((folder / used).read_text()) + files
 
 
 @contextlib.contextmanager
