@@ -253,14 +253,15 @@ class PlannedRun:
         every, total = args.checkpointing_steps, self.total_steps
         written = [min(step, total) for step in range(every, total + every, every) if step > self.start_step]
         stay = len(those_that_stay(written, args.checkpoints_total_limit, args.keep_every))
-        rows.append(("a checkpoint (and its copy in rank 0's memory while it is written)", gb(self.checkpoint_bytes)))
+        rows.append(("a checkpoint", gb(self.checkpoint_bytes)))
         if stay == len(written):
             rows.append((f"all {stay} of them", gb(stay * self.checkpoint_bytes)))
         else:
             rows.append(
                 (f"the {stay} of {len(written)} that stay, and one more", gb((stay + 1) * self.checkpoint_bytes))
             )
-        return aligned(rows)
+        note = "while it is written, rank 0 holds a copy of a checkpoint in the machine's memory"
+        return [*aligned(rows), note]
 
 
 def flops_for_mfu(planned: Callable[[argparse.Namespace], PlannedRun], args: argparse.Namespace) -> float | None:
