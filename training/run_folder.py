@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -147,8 +148,9 @@ def make(folder: Path, args: argparse.Namespace, start_step: int) -> None:
     write_json(folder / "args.json", vars(args))  # first: with it the folder is a run's, which may be gone on with
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(exist_ok=True)
-    for unfinished in checkpoints.glob("*.tmp-*"):  # of a job that was killed
-        unfinished.unlink()
+    for place in (folder, checkpoints, folder / "samples"):
+        for unfinished in place.glob("*.tmp-*"):  # of a job that was killed; no other is at work here
+            unfinished.unlink()
     _forget_rows_after(folder, start_step)
 
 
@@ -194,7 +196,10 @@ def lacks_evaluation(folder: Path, step: int) -> bool:
 
 
 def lacks_pictures(folder: Path, step: int) -> bool:
-    return not list((folder / "samples").glob(f"{step:07d}-*.png"))
+    """Whether a step's pictures may not all be there: one is sure of it only beside another step's."""
+    counts = Counter(path.name.split("-")[0] for path in (folder / "samples").glob("*.png"))
+    found = counts.pop(f"{step:07d}", 0)
+    return not found or found < max(counts.values(), default=found + 1)
 
 
 def _step_of(line: str) -> int | None:

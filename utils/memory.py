@@ -42,7 +42,7 @@ def free_bytes() -> float:
 
 
 def room_in_groups(groups: str, root: Path) -> Iterator[int]:
-    """Bytes that control groups leave to a process, each with its parents; pages of files count as free, as they give way.
+    """Bytes that control groups leave to a process, each with its parents; files' pages count, as they give way.
 
     Args:
         groups: `/proc/self/cgroup`, of version 1 or 2.

@@ -16,7 +16,7 @@ def write(folder, **files) -> None:
     [
         ("0::/slurm/job_7", "slurm/job_7", ("max", "current"), ""),
         (
-            "12:cpuset:/\n4:memory,foo:/slurm/job_7",
+            "4:cpuset:/\n3:memory:/slurm/job_7",
             "memory/slurm/job_7",
             ("limit_in_bytes", "usage_in_bytes"),
             "total_",
@@ -27,8 +27,8 @@ def test_the_room_is_the_least_of_a_group_and_its_parents(groups, folder, names,
     limit, used = names
     stat = f"{prefix}inactive_file 40\n{prefix}active_file 10\nanon 3"
     write(tmp_path / folder, **{limit: 100, used: 90, "stat": stat})
-    write((tmp_path / folder).parent, **{limit: 70, used: 65, "stat": ""})
-    write((tmp_path / folder).parents[1], **{limit: "max", used: 1, "stat": ""})
+    write((tmp_path / folder).parent, **{limit: 70, used: 65, "stat": "anon 3"})
+    write((tmp_path / folder).parents[1], **{limit: "max", used: 1, "stat": "anon 3"})
     assert list(room_in_groups(groups, tmp_path)) == [60, 5]
 
 
