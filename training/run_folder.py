@@ -149,7 +149,7 @@ def make(folder: Path, args: argparse.Namespace, start_step: int) -> None:
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(exist_ok=True)
     for place in (folder, checkpoints, folder / "samples"):
-        for unfinished in place.glob("*.tmp-*"):  # of a job that was killed; no other is at work here
+        for unfinished in filter(Path.is_file, place.glob("*.tmp-*")):  # of a job that was killed; no other is here
             unfinished.unlink()
     _forget_rows_after(folder, start_step)
 
