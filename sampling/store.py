@@ -75,8 +75,8 @@ class SampleStore:
         """
         if self.target.exists() and self._lock.path.exists():
             self._lock.acquire(self._taken())
-            if self._is_partial(job) and not self.missing():
-                self.discard()
+            if not self.job_file.exists() or (self._is_partial(job) and not self.missing()):
+                self.discard()  # without their description, which goes first, the others are nothing
             self.release()
 
     def interrupted(self) -> dict | None:

@@ -82,6 +82,12 @@ def test_a_job_killed_beside_its_result_leaves_nothing(tmp_path, monkeypatch):
         assert len(list(store.target.parent.iterdir())) == left
     assert store.target.is_file()
 
+    # Killed within the removal, whose first is the description.
+    for file in (lock, *store.partial_files[:2]):
+        file.touch()
+    make(tmp_path).clear_finished(JOB)
+    assert [path.name for path in store.target.parent.iterdir()] == [store.target.name]
+
 
 def test_a_batch_counts_as_finished_only_when_it_is_on_disk(tmp_path, monkeypatch):
     store = start(tmp_path)
