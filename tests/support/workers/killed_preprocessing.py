@@ -10,7 +10,7 @@ import sys
 import preprocessing
 from dataset import conversion_journal
 
-sync, synced = conversion_journal.sync, []
+sync, synced, add = conversion_journal.sync, [], conversion_journal.ConversionJournal.add
 
 
 def sync_or_die(path):
@@ -20,6 +20,13 @@ def sync_or_die(path):
     sync(path)
 
 
+def add_and_wait(journal, chunk):
+    """Each chunk has a flush of its own, however slow the disk is."""
+    add(journal, chunk)
+    journal._flushed.result()
+
+
 if __name__ == "__main__":  # not in the processes that it starts
     conversion_journal.FLUSH_SECONDS, conversion_journal.sync = -1, sync_or_die
+    conversion_journal.ConversionJournal.add = add_and_wait
     preprocessing.main(sys.argv[1:])
