@@ -92,6 +92,17 @@ def test_every_public_model_has_the_public_state_dict():
     assert len(manifests["presets"].keys() & SiT_models.keys()) == 5  # the two of a billion and more are not built
 
 
+def test_a_checkpoint_of_theirs_has_our_names_in_our_order():
+    """Of a network of two blocks; ours ends with the latents' normaliser."""
+    stored = json.loads((GOLDEN / "options" / "ldit_checkpoint.json").read_text())
+    shape = dict(input_size=4, patch_size=1, hidden_size=48, num_heads=3, depth=2, num_classes=10)
+    sit = SiT(**shape, encoder_depth=1, z_dims=(), lightning=True)
+    keys = [key for key in sit.state_dict() if not key.startswith("bn.")]
+    assert [stored[weights]["keys"] for weights in ("model", "ema")] == [len(keys)] * 2
+    assert keys[:4] == stored["model"]["first"] and keys[-4:] == stored["model"]["last"]
+    assert [name for name, _ in sit.named_parameters()] == stored["opt"]["names_in_order"]
+
+
 def test_scores_depend_on_the_distance_of_two_tokens_alone():
     grid, width = 5, 8
     positions = RotaryPositions(width, grid)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.support.trajectories import REPAE_LOG_TOLERANCES, check_ldm_only, check_repae
+from tests.support.trajectories import REPAE_LOG_TOLERANCES, check_ldm_only, check_lightning, check_repae
 
 CPU = torch.device("cpu")
 
@@ -16,3 +16,7 @@ def test_three_repae_steps_are_those_of_the_public_code(name, lpips):
 @pytest.mark.parametrize("name", ["traj_ldm_a", "traj_ldm_b"])
 def test_three_ldm_only_steps_are_those_of_the_public_code(name):
     check_ldm_only(name, CPU)
+
+
+def test_three_steps_of_lightningdit_are_those_of_its_own_code():
+    check_lightning(CPU)

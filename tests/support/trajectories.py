@@ -23,6 +23,7 @@ from models.sit import SiT
 from models.vae import build_vae
 from models.vae_keys import from_ldm, ldm_parameters, to_ldm
 from tests.golden.fill import subsample
+from tests.support import golden_lightning
 from tests.support.golden_data import Tally, filled, load
 from training.ema import update_ema
 from training.optimizer import Optimizer
@@ -234,3 +235,55 @@ def check_ldm_only(name, device, tally=None):
     check_deltas(meta, arrays, "ema_fast", before, after, tally, rel=1e-4)
     assert torch.equal(after["sit"]["bn.running_var"], before["sit"]["bn.running_var"])
     assert torch.equal(after["sit"]["pos_embed"], before["sit"]["pos_embed"])
+
+
+def check_lightning(device, tally=None):
+    """LightningDiT's own train.py: losses, gradients and movements of three steps, in its time.
+
+    `train_step` sees the network turned, as a function of our t = 1 - s with the opposite velocity; the latents are
+    normalised and drawn already. Nothing is clipped there: the norm is out of reach here.
+    """
+    tally = tally or Tally()
+    arrays, meta = load("options/ldit_traj")
+    hyper = meta["hyperparameters"] | {"learning_rate": meta["hyperparameters"]["lr"], "max_grad_norm": 1e9}
+    sit = golden_lightning.build(meta).to(device)
+    one = torch.full((1, sit.in_channels, 1, 1), 1 - sit.bn.eps)
+    sit.set_latent_stats(one.rsqrt(), 0 * one)
+    ema, ema_fast = (copy.deepcopy(sit).requires_grad_(False) for _ in range(2))
+
+    def turned(x_t, t, labels, drop):
+        velocity, projections = sit(x_t, 1 - t, labels, drop)
+        return -velocity, projections
+
+    shape = arrays["in.latents"].shape[2:]
+    nets = SimpleNamespace(sit=sit, sit_ddp=turned, ema=ema, latent_shape=shape, encoders=[])
+    optimizer = adamw({"hyperparameters": hyper}, sit.named_parameters())
+    norms = GradientNorms(optimizer)
+    before = snapshot(sit.state_dict())
+    draws = arrays | {"in.posterior_eps": arrays["in.noise"], "in.noises": arrays["in.noise"]}
+    draws["in.raw_time_draw"] = -arrays["in.raw_time_draw"]  # sigmoid(-n) = 1 - sigmoid(n)
+    noising = Noising("linear", "lognormal", hyper["class_dropout_prob"])
+    settings = dict(micro_steps=1, noising=noising, proj_coeff=0, cosine_coeff=1, ema_decay=hyper["ema_decay"])
+
+    for step in range(3):
+        latents, labels = (torch.from_numpy(arrays[key][step]).to(device) for key in ("in.latents", "in.y"))
+        batch = iter([(torch.cat([latents, torch.zeros_like(latents)], dim=1), labels)])
+        logs = train_ldm_only.train_step(fake_run(draws, device), nets, optimizer, batch, step, **settings)
+        update_ema(ema_fast, sit, hyper["ema_fast_decay"])
+        names = dict(mse_loss="denoising_loss", cos_loss="cosine_loss", total="sit_loss", grad_norm="grad_norm_sit")
+        for theirs, ours in names.items():
+            expected = meta["logs"][step][theirs]
+            apart = abs(float(logs[ours]) - expected)
+            tally.within("logs", apart, 1e-5 * expected + 1e-7, (step, theirs))
+        for parameter, norm in meta["grad_l2_before_clip"][step].items():
+            apart = abs(norms.norms[step].get(parameter, 0.0) - (norm or 0.0))
+            tally.within("gradient norms", apart, 5e-4 * (norm or 0.0), (step, parameter))
+
+    for net, network in (("model", sit), ("ema_fast", ema_fast)):
+        after = snapshot(network.state_dict())
+        for name, norm in meta["delta_l2"][net].items():
+            apart = abs((after[name] - before[name]).double().norm().item() - norm)
+            tally.within("movements", apart, 5e-4 * norm, (net, name))
+    moved = {name: value - before[name] for name, value in snapshot(sit.state_dict()).items()}
+    samples = [subsample(moved[name].numpy(), count) for name, count in meta["delta_samples_layout"]]
+    tally.close("elements", np.concatenate(samples), arrays["delta_samples.model"], 0, 0.05 * hyper["lr"])
