@@ -43,7 +43,9 @@ def repae_parser() -> ArgumentParser:
     sit = add_sit_flags(parser)
     sit.add_argument("--bn-momentum", type=unit_float, default=0.1, help="of the latents' BatchNorm")
     sit.add_argument(
-        "--sit-ckpt", type=path, help="start from a trained SiT: ours, REPA's or the original (default: fresh)"
+        "--sit-ckpt",
+        type=path,
+        help="start from a trained SiT: ours, REPA's, LightningDiT's or the original (default: fresh)",
     )
     align = add_alignment_flags(parser)
     align.add_argument("--vae-align-proj-coeff", type=natural_float, default=1.5, help="weight of VAE's alignment loss")

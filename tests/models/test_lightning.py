@@ -1,9 +1,11 @@
 """LightningDiT against the public implementation: outputs, gradients, tables, norms, state-dict names."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from models.lightning import RMSNorm, RotaryPositions, rotate
 from models.sit import SiT, SiT_models
@@ -119,6 +121,16 @@ def test_scores_depend_on_the_distance_of_two_tokens_alone():
 def test_the_norm_of_half_inputs_is_computed_in_float32():
     norm, x = RMSNorm(16, eps=1e-6), 300 * torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(norm(x.half()), norm(x.half().float()), rtol=1e-3, atol=1e-3)  # squares overflow fp16
+
+
+def test_blocks_compile_whole_and_share_their_code(monkeypatch):
+    counter = CompileCounter()  # an error where a block is not one graph
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    sit = build(META["cases"]["qknorm"]).eval()
+    x, s, labels = (torch.from_numpy(NETWORK[f"qknorm.in.{key}"]) for key in ("x", "t", "y"))
+    sit.compile_blocks()
+    close(sit(x, s, labels)[0], NETWORK["qknorm.out"], REL, ABS)
+    assert counter.frame_count == 1
 
 
 def test_a_fresh_lightning_dit_is_the_identity_of_adaln_zero():

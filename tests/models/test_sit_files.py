@@ -68,6 +68,12 @@ def test_lightning_dit_becomes_ours_with_time_and_velocity_turned_once(lightning
         ours.load_state_dict(state, strict=False)
         close(ours(*arguments)[0], arrays["full.ours.velocity"], REL, ABS)
 
+    # Joint training can start from it, with fresh projectors and its VAE's statistics.
+    joint = SiT(**config_of_state_dict(state) | dict(z_dims=[8], projector_dim=16))
+    (note,) = start_from(joint, state, "lightningdit.pt")
+    assert "this run's start fresh" in note
+    assert torch.equal(joint.blocks[0].mlp.w3.weight, state["blocks.0.mlp.w3.weight"])
+
     # What training here made has a normaliser: it is ours already.
     own = ours.state_dict()
     state, notes = find_sit_state({"ema": own, "model": own}, "x.pt")

@@ -44,6 +44,34 @@ def test_a_run_with_every_option_resumes(script, place, tmp_path):
         assert (whole / "log.txt").read_text().count("--time-shift auto: 0.1875, by latents of 4 x 6 x 6") == 1
 
 
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("train_repae", dict(qk_norm=True)),
+        ("train_ldm_only", dict(grad_checkpoint="sit")),
+        ("train_ldm_only", dict(model="LightningDiT-T/1", enc_type="None", proj_coeff=0)),
+    ],
+    ids=["repae", "ldm", "ldm-without-encoder"],
+)
+def test_lightningdit_trains_resumes_and_is_sampled(script, options, place, tmp_path, capsys):
+    options = dict(model="LightningDiT-T/2") | options
+    SCRIPTS[script].main(small.OPTIONS[script](place, tmp_path, "run", dry_run=1, **options))
+    assert "SiT step" in capsys.readouterr().out
+    whole = train(script, place, tmp_path, "whole", **options)
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "0000004.pt").unlink()
+    train(script, place, tmp_path, **options, resume="latest")
+    small.assert_same_training(tmp_path, "run", (tmp_path, "whole"))
+
+    weights = small.checkpoint(tmp_path, "whole", 4)
+    for key in ("freqs_cos", "freqs_sin"):
+        assert torch.equal(weights["ema"][f"feat_rope.{key}"], weights["model"][f"feat_rope.{key}"])
+    sit = load_trained(whole).sit
+    assert sit.feat_rope is not None and sit.blocks[0].attn.num_heads == 3
+    sampled = sampling.draw(tmp_path, tmp_path / "samples", "whole", num_fid_samples=2)
+    assert sampled.images.shape == (2, small.RESOLUTION, small.RESOLUTION, 3) and sampled.record["notes"] == []
+
+
 def test_alignment_ends_where_proj_until_says(place, tmp_path, monkeypatch):
     """The encoder rests from then on, and no gradient comes from it: the trunk is that of a run with coefficient 0."""
     seen, forward = [], Encoder.forward
