@@ -42,16 +42,8 @@ class Saver:
     def save(self, step: int, contents: dict) -> None:
         """Begin to write the checkpoint after so many steps, once the one before is written."""
         self.wait()
-        tensors = [leaf for leaf in tree_leaves(contents) if isinstance(leaf, torch.Tensor)]
-        size = sum(tensor.nbytes for tensor in tensors)
-        if size > 0.9 * free_bytes():
-            logger.warning("%.3g GB more memory are not there: training waits for the checkpoint's file", size / 1e9)
-            self._write(step, contents)
-            return
-        try:
-            copies = tree_map(lambda leaf: _copy(leaf) if isinstance(leaf, torch.Tensor) else leaf, contents)
-        except RuntimeError as error:  # of page-locked memory there may be less than of memory
-            logger.warning("no copy could be made (%s): training waits for the checkpoint's file", error)
+        copies = _copies(contents)
+        if copies is None:
             self._write(step, contents)
             return
         # A daemon: a second Ctrl-C leaves without it, and an unfinished file never gets its name.
@@ -117,6 +109,19 @@ def those_that_stay(steps: list[int], limit: int | None, keep_every: int | None)
     """Of the steps with a checkpoint, in their order: the newest `limit` (None: all), and multiples of `keep_every`."""
     first = 0 if limit is None else len(steps) - limit
     return [step for i, step in enumerate(steps) if i >= first or (keep_every and step % keep_every == 0)]
+
+
+def _copies(contents: dict) -> dict | None:
+    """The same with a copy of each tensor, on a GPU one on its way; None, and said: there is no memory for it."""
+    size = sum(leaf.nbytes for leaf in tree_leaves(contents) if isinstance(leaf, torch.Tensor))
+    try:
+        if size <= 0.9 * free_bytes():
+            return tree_map(lambda leaf: _copy(leaf) if isinstance(leaf, torch.Tensor) else leaf, contents)
+        why = f"{size / 1e9:.3g} GB more memory are not there"
+    except RuntimeError as error:  # of page-locked memory there may be less than of memory
+        why = f"no copy could be made ({error})"
+    logger.warning("%s: training waits for the checkpoint's file", why)
+    return None
 
 
 def _copy(tensor: torch.Tensor) -> HostCopy | torch.Tensor:
