@@ -216,9 +216,10 @@ class Run:
                 self._done = done = step + 1
                 if done - self.start_step == STEPS_BEFORE_FREEZING:
                     freeze()
-                stops, saved = self._stopping.agreed() and done < self.total_steps, False
-                if stops or self._is_due(done, args.checkpointing_steps):
-                    saved = self._save_unless_bad(done, partial(checkpoint, done))
+                stops = self._stopping.agreed() and done < self.total_steps
+                saves = stops or self._is_due(done, args.checkpointing_steps)
+                if saves:
+                    self._save_unless_bad(done, partial(checkpoint, done))
                 if stops:
                     raise self._stopped()
 
@@ -230,7 +231,7 @@ class Run:
                     self.log_pictures(done, preview())
                 # Minutes may have gone by.
                 if (evaluates or pictures) and done < self.total_steps and self._stopping.agreed(now=True):
-                    if not saved:
+                    if not saves:
                         self._save_unless_bad(done, partial(checkpoint, done))
                     raise self._stopped()
             require_saved(self._saver)
@@ -375,20 +376,18 @@ class Run:
             self._reports.pictures(done, pictures)
         self.wait()
 
-    def _save_unless_bad(self, done: int, contents: Callable[[], dict]) -> bool:
-        """Save, where the step's losses are finite: else say so, and at the end of the run it is an error. Returns
-        whether it is saved."""
+    def _save_unless_bad(self, done: int, contents: Callable[[], dict]) -> None:
+        """Save, where the step's losses are finite: else say so, and at the end of the run it is an error."""
         window = self._window.state()  # of a stop between two rows
         if not (infinite := self._window.infinite_losses()):
             self.save(done, lambda: contents() | ({"window": window} if window else {}))
-            return True
+            return
         why = f"step {done}: no checkpoint is written; not finite: {', '.join(infinite)}"
         if done == self.total_steps:
             self._settle()
             raise on_all(FloatingPointError(f"{why}; {what_now(self.folder, self.args)}"))
         if self.is_main:
             logger.warning(why)
-        return False
 
     def save(self, done: int, contents: Callable[[], dict]) -> None:
         """Begin to write the checkpoint after so many steps, on rank 0."""
