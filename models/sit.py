@@ -301,7 +301,7 @@ class LatentNorm(nn.BatchNorm2d):
             z = z.float()
             if not self.training:
                 return F.batch_norm(z, self.running_mean, self.running_var, eps=self.eps)
-            mean, var, count = self._batch_statistics(z)
+            mean, var, count = self.batch_statistics(z)
 
             # Running statistics, as torch's BatchNorm moves them: of the variance, the unbiased estimate. One batch
             # that is not finite would spoil them for good: it leaves them as they are.
@@ -317,7 +317,7 @@ class LatentNorm(nn.BatchNorm2d):
             return ((z - mean.float().view(1, -1, 1, 1)) * scale.float().view(1, -1, 1, 1)).float()
 
     @staticmethod
-    def _batch_statistics(z: Tensor) -> tuple[Tensor, Tensor, int]:
+    def batch_statistics(z: Tensor) -> tuple[Tensor, Tensor, int]:
         """Per-channel mean and biased variance (C,) in float64 over all processes, and the number of values."""
         values = z.double()
         count = world_size() * (z.numel() // z.shape[1])  # every process has an equal share of the batch

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from dataset.order import global_batch
 from models.posterior import TrainableVAE
+from models.sit import LatentNorm
 from training.reports import finite
 from training.run_folder import bad_step_path
 from training.window import Window
 from utils.checkpoint_files import latest_step
-from utils.distributed import all_sum, rank, world_size
+from utils.distributed import rank, world_size
 from utils.files import write_json
 
 LEAST_SCALE = 1.0  # of a loss under fp16: it falls below where gradients overflow without end
@@ -34,11 +35,8 @@ class LatentSpread:
         vae.register_forward_hook(self._see)
 
     def _see(self, vae: TrainableVAE, inputs: tuple, outputs: tuple[Tensor, Tensor, Tensor]) -> None:
-        z = outputs[1].detach().double()  # (B, C, h, w)
-        totals = torch.stack([z.sum(dim=(0, 2, 3)), z.square().sum(dim=(0, 2, 3))])
-        all_sum(totals)
-        mean, square = totals / (world_size() * z[:, 0].numel())  # every process has an equal share of the batch
-        self._seen.append((square - mean.square()).clamp(min=0).sqrt())  # rounding may leave less than nothing
+        _, variance, _ = LatentNorm.batch_statistics(outputs[1].detach())  # of z (B, C, h, w)
+        self._seen.append(variance.sqrt())
 
     def scalars(self) -> dict[str, Tensor]:
         """Since the last call, means over the batches of all processes together: `latent_std`, the mean over channels,
