@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dataset.conversion import Chunk, files_state
 from utils.errors import InputError
-from utils.files import sync
+from utils.files import differences, sync
 
 FLUSH_SECONDS = 20.0  # what a killed job loses at most
 
@@ -65,12 +65,9 @@ class ConversionJournal:
         earlier = self.earlier()
         if earlier is None or earlier == self.description:
             return
-        keys = sorted(earlier.keys() | self.description.keys())
-        differing = [key for key in keys if earlier.get(key) != self.description.get(key)]
-        differences = "; ".join(f"{key}: {earlier.get(key)}, now {self.description.get(key)}" for key in differing)
         raise InputError(
-            f"--output-path: {self.path} is of an interrupted job that this one cannot go on with ({differences}); "
-            "give another folder, or --overwrite, which discards it"
+            f"--output-path: {self.path} is of an interrupted job that this one cannot go on with "
+            f"({differences(earlier, self.description)}); give another folder, or --overwrite, which discards it"
         )
 
     def begin(self) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.errors import InputError
-from utils.files import read_object, require_disk, require_writable, sync, write_at, write_json
+from utils.files import differences, read_object, require_disk, require_writable, sync, write_at, write_json
 from utils.locks import JobLock
 from utils.npz import open_npy, write_npz
 
@@ -56,9 +56,10 @@ class SampleStore:
         goes_on = self._is_partial(job)
         if not (goes_on or overwrite):
             if self.job_file.exists() and self._holds_work():
+                differing = differences(_given(self._read_job()), _given(job)) or "its files are damaged"
                 raise InputError(
                     f"{FLAG}: {self.job_file} is of an interrupted job that this one cannot go on with "
-                    f"({_differences(_given(self._read_job()), _given(job))}); --overwrite discards it"
+                    f"({differing}); --overwrite discards it"
                 )
             for path in filter(Path.exists, others):
                 raise InputError(f"{FLAG}: {path} exists already; --overwrite replaces it")
@@ -180,15 +181,3 @@ def _given(job: dict) -> dict:
     """A description without what is None in it, as an option that nobody gave and only another version names."""
     nested = {key: _given(value) if isinstance(value, dict) else value for key, value in job.items()}
     return {key: value for key, value in nested.items() if value is not None}
-
-
-def _differences(earlier: dict, job: dict) -> str:
-    """What two descriptions differ in, as `name: earlier, now`; nested descriptions by their own entries."""
-    found = []
-    for key in sorted(earlier.keys() | job.keys()):
-        before, now = earlier.get(key), job.get(key)
-        if isinstance(before, dict) and isinstance(now, dict):
-            found += [_differences(before, now)] if before != now else []
-        elif before != now:
-            found.append(f"{key}: {before}, now {now}")
-    return "; ".join(found) or "its files are damaged"

@@ -144,6 +144,18 @@ def write_json(path: str | os.PathLike, value: object) -> None:
         temporary.write_text(json.dumps(value, indent=1) + "\n")
 
 
+def differences(earlier: Mapping, now: Mapping) -> str:
+    """What two descriptions of a job differ in, as `name: earlier, now ...`; nested ones by their own entries."""
+    found = []
+    for key in sorted(earlier.keys() | now.keys()):
+        before, after = earlier.get(key), now.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += [differences(before, after)] if before != after else []
+        elif before != after:
+            found.append(f"{key}: {before}, now {after}")
+    return "; ".join(found)
+
+
 def sha256(path: str | os.PathLike) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with Path(path).open("rb") as file:
