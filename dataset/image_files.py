@@ -260,7 +260,6 @@ def open_image(path: Path, at_least: int | None = None) -> Iterator[Image.Image]
     """
     # A compressed text or colour profile may be as large as Pillow lets all texts of a PNG be together (64 MB, not 1).
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
-    warnings.simplefilter("error", Image.DecompressionBombWarning)
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):  # to open a pipe could take for ever
         raise ValueError("no ordinary file")
@@ -274,7 +273,9 @@ def open_image(path: Path, at_least: int | None = None) -> Iterator[Image.Image]
 
 def _opened(file: BinaryIO, at_least: int | None) -> Image.Image:
     try:
-        return Image.open(file, formats=FORMATS)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return Image.open(file, formats=FORMATS)
     except Image.DecompressionBombWarning:
         file.seek(0)
         if at_least is None or not file.read(3) == b"\xff\xd8\xff":
