@@ -28,7 +28,7 @@ test-slow: $(INSTALLED)  ## the tests of full-size networks and long runs
 test-gpu: $(INSTALLED)  ## the acceptance suite of a GPU: ends with a table, and a file in benchmarks/results/
 	$(BIN)/python -m pytest tests/gpu -m gpu
 
-faults: $(INSTALLED)  ## every script killed at random moments and started again: nothing may be lost; a quarter of an hour
+faults: $(INSTALLED)  ## every script killed at random moments and started again: nothing may be lost; seven minutes
 	$(BIN)/python -m tests.faults
 
 bench: $(INSTALLED)  ## the benchmarks at this machine's size; results in benchmarks/results/
