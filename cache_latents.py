@@ -29,7 +29,14 @@ from models.vae import downsampling, latent_channels, latent_statistics, load_va
 from models.vae_files import vae_sha256
 from utils.background import HostCopy, ahead
 from utils.distributed import launcher_notes, main_first, start_processes
-from utils.errors import InputError, about, command, leave_signals_to_the_parent, when_interrupted
+from utils.errors import (
+    InputError,
+    about,
+    command,
+    leave_signals_to_the_parent,
+    signals_held_back,
+    when_interrupted,
+)
 from utils.images import to_signed
 
 FLUSH_SECONDS = 20.0  # what a killed job loses at most
@@ -122,8 +129,10 @@ def encode_blocks(vae, data: ImageData, blocks: list[range], cache: LatentCache,
         images, _ = batch
         return HostCopy(to_mean_std(encode_moments(vae, to_signed(images.to(device, non_blocking=True)))))
 
+    with signals_held_back():  # until its processes leave them to this one
+        batches = iter(loader)
     last_flush = time.monotonic()
-    with ahead(map(encode, loader)) as encoded:
+    with ahead(map(encode, batches)) as encoded:
         try:
             for block, mean_std in zip(tqdm(blocks, unit="batch", disable=not show), encoded, strict=True):
                 cache.write(block.start, mean_std.wait())

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import UnidentifiedImageError
 
 from dataset.image_files import FORMATS
-from utils.errors import SIGNALS, InputError, on_signals, one_line
+from utils.errors import SIGNALS, InputError, one_line, signals_held_back
 
 # Reads an image file: its pixels, uint8 (3, R, R), and whether EXIF asks for a turn.
 Read = Callable[[Path], tuple[np.ndarray, bool]]
@@ -115,7 +115,9 @@ def _processes(count: int, work: tuple) -> Iterator[list[Connection]]:
     context = multiprocessing.get_context("spawn")  # no surprise from threads of this process, on any platform
     processes, ends = [], []
     try:
-        with _signals_held_back():
+        with signals_held_back():
+            resource_tracker.ensure_running()  # the first process would start it
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # starting it has let some through again
             for _ in range(count):
                 ours, theirs = context.Pipe()
                 ends.append(ours)
@@ -128,25 +130,6 @@ def _processes(count: int, work: tuple) -> Iterator[list[Connection]]:
             if process.pid is not None:
                 process.kill()
                 process.join()
-
-
-@contextlib.contextmanager
-def _signals_held_back() -> Iterator[None]:
-    """Signals that end a job wait until the block ends; in processes that are started inside, for as long as they live.
-
-    Terminals and many schedulers signal all processes of a job, and it is the parent that ends its helpers.
-    """
-    heard = []
-    with on_signals(lambda number, _: heard.append(number)):  # this process's other threads hear what is blocked here
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        resource_tracker.ensure_running()  # the first process would start it
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # starting it has let some through again
-        try:
-            yield
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    for number in heard:
-        signal.raise_signal(number)
 
 
 def _work(parent: Connection, root: Path, read: Read, target: Target) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from utils.errors import InputError, leave_signals_to_the_parent
+from utils.errors import InputError, leave_signals_to_the_parent, signals_held_back
 
 
 def batches_per_epoch(count: int, batch_size: int) -> int:
@@ -59,7 +59,8 @@ def batches(
         pin_memory=pin_memory,
         generator=torch.Generator(),  # else the loader draws a seed for its workers from the training's generator
     )
-    return iter(loader)
+    with signals_held_back():  # until its processes leave them to this one
+        return iter(loader)
 
 
 def global_batch(count: int, *, batch_size: int, seed: int, number: int) -> list[int]:

@@ -28,7 +28,6 @@ class Stopping:
         self.ends = None if max_hours is None else time.monotonic() + 3600 * max_hours
         self.max_hours, self.what_stays = max_hours, what_stays
         self.cause, self._heard = None, None
-        self._process = os.getpid()
         self._asked = None  # the processes' answers to the question of the step before, on their way
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if world_size() > 1 else None
 
@@ -37,8 +36,6 @@ class Stopping:
         return on_signals(self._hear)
 
     def _hear(self, number: int, _) -> None:
-        if os.getpid() != self._process:  # a loader process: the signal reached all, and this one's work is needed
-            return
         now = time.monotonic()
         if self._heard is not None and now - self._heard > SAME_SIGNAL_SECONDS:
             raise Interrupt(self.what_stays(), 130 if number == signal.SIGINT else REQUEUE)

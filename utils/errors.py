@@ -84,7 +84,7 @@ def command(main):
     def wrapped(argv=None):
         before = {number: signal.getsignal(number) for number in SIGNALS}
         try:
-            with when_interrupted(lambda: "interrupted"):
+            with when_interrupted(lambda: "interrupted"), _heard_in_destructors():
                 return _ended_in_one_line(main, argv)
         except KeyboardInterrupt as interrupt:  # also one that came while an error, of a lost process, was handled
             for number in filter(_reaches_us, SIGNALS):
@@ -138,6 +138,24 @@ def when_interrupted(message: Callable[[], str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _heard_in_destructors() -> Iterator[None]:
+    """Python drops what is raised while it destroys an object, as a loader: a signal of that moment comes again."""
+    drop = sys.unraisablehook
+
+    def hear(unraisable) -> None:
+        if not isinstance(unraisable.exc_value, Interrupt):
+            return drop(unraisable)
+        number = signal.SIGINT if unraisable.exc_value.exit_code == 130 else signal.SIGTERM
+        threading.Timer(0.01, os.kill, (os.getpid(), number)).start()  # later: here it would be dropped as well
+
+    sys.unraisablehook = hear
+    try:
+        yield
+    finally:
+        sys.unraisablehook = drop
+
+
+@contextlib.contextmanager
 def on_signals(handler: Callable) -> Iterator[None]:
     """Within it `handler(number, frame)` is called for the `SIGNALS`; those that the job does not hear stay unheard."""
     before = {number: signal.getsignal(number) for number in filter(_reaches_us, SIGNALS)}
@@ -149,6 +167,23 @@ def on_signals(handler: Callable) -> Iterator[None]:
         for number, earlier in before.items():
             if signal.getsignal(number) is handler:  # not where a generator is closed after its job has ended
                 signal.signal(number, earlier)
+
+
+@contextlib.contextmanager
+def signals_held_back() -> Iterator[None]:
+    """Signals that end a job wait until the block ends; in processes that are started inside, until they let them in.
+
+    Terminals and many schedulers signal all processes of a job, and it is the parent that ends its helpers.
+    """
+    heard = []
+    with on_signals(lambda number, _: heard.append(number)):  # this process's other threads hear what is blocked here
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    for number in heard:
+        signal.raise_signal(number)
 
 
 def leave_signals_to_the_parent(*_) -> None:

@@ -1,11 +1,15 @@
 """What ends a job: one line for what a user can mend, a traceback for our own faults."""
 
 import errno
+import multiprocessing
+import os
+import signal
+import time
 
 import pytest
 import torch
 
-from utils.errors import command
+from utils.errors import REQUEUE, command, on_signals, signals_held_back
 
 
 @pytest.mark.parametrize(
@@ -52,3 +56,34 @@ def test_ctrl_c_that_lost_its_way_in_another_error_is_still_one_line(capsys):
     with pytest.raises(SystemExit) as stopped:
         command(main)()
     assert stopped.value.code == 130 and capsys.readouterr().err.count("stopped: interrupted") == 1
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, REQUEUE)])
+def test_a_signal_that_meets_a_destructor_is_not_lost(number, code, capsys):
+    """There Python drops what its handler raises, as while a loader is taken down."""
+
+    class Dying:
+        def __del__(self):
+            signal.raise_signal(number)
+
+    def main(argv):
+        Dying()
+        time.sleep(10)
+
+    with pytest.raises(SystemExit) as stopped:
+        command(main)()
+    assert stopped.value.code == code and capsys.readouterr().err.endswith("stopped: interrupted\n")
+
+
+def test_what_is_held_back_comes_afterwards_and_reaches_no_process_that_was_started_meanwhile():
+    heard, context = [], multiprocessing.get_context("fork")
+    with on_signals(lambda number, _: heard.append(number)):
+        with signals_held_back():
+            child = context.Process(target=time.sleep, args=(0.2,))
+            child.start()
+            for process in (child.pid, os.getpid()):
+                os.kill(process, signal.SIGTERM)
+            assert heard == []
+        assert heard == [signal.SIGTERM]
+    child.join()
+    assert child.exitcode == 0
